@@ -1,0 +1,120 @@
+"""What an engine is and what it can do, in plain data: read by the page without importing torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Modality(StrEnum):
+    SPEECH = "speech"
+    MUSIC = "music"
+    SOUND = "sound"
+    VIDEO = "video"
+    SHAPE = "shape"
+
+
+class Paradigm(StrEnum):
+    """How a speech engine gets from text to waveform."""
+
+    RULES = "rule-based"
+    SPECTROGRAM = "spectrogram-based"
+    TOKENS = "token-based"
+
+
+class Ability(StrEnum):
+    CLONE = "clone"  # speaks in the voice of a reference recording
+    STREAM = "stream"  # first sound before the end
+    CUES = "cues"  # [laughs]-like tags are performed, not read aloud
+    MARKUP = "markup"  # SSML-like <tags> are understood
+
+
+class Options(BaseModel):
+    """An engine's own knobs.
+
+    Give each field a default, bounds (`ge`, `le`) or `Literal` choices, and a one-line description: the
+    page's controls, the command line's `-o key=value`, the API and the saved take all come from here.
+    `json_schema_extra` may hold `step` (of a slider) and `suggestions` (values for a free-text field).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Licence(BaseModel):
+    """A licence as the package or model card states it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    url: str = ""
+    commercial: bool = True
+    must_accept: bool = False  # the weights may be used only after a person agreed
+
+
+class Checkpoint(BaseModel):
+    """One set of weights of an engine, and where it lives."""
+
+    model_config = ConfigDict(frozen=True)
+
+    repository: str = ""  # on the hub, "suno/bark-small"; empty when the engine needs no weights
+    label: str = ""
+    revision: str = "main"
+    files: tuple[str, ...] = ()  # glob patterns of the files wanted; empty means all
+    required: tuple[str, ...] = ()  # files without which a folder is not this checkpoint
+    archive: str = ""  # a zip outside the hub, for weights that are published only there
+    parameters: int = 0
+
+
+class Card(BaseModel):
+    """What one engine is. `core/engines/<id>/card.py` holds it as `CARD`."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    id: str
+    name: str
+    modality: Modality
+    summary: str  # one sentence for someone who never heard of it
+    pipeline: str = ""  # the way from text to result, "text -> phonemes -> mel -> waveform"
+    paradigm: Paradigm | None = None
+    checkpoints: tuple[Checkpoint, ...] = (Checkpoint(),)
+    code_licence: Licence
+    weights_licence: Licence | None = None  # None: there are no weights
+    languages: tuple[str, ...] = ()  # ISO 639-1 codes, or 639-3 where there is none; empty means any
+    sample_rate: int = 0  # of the audio it returns, Hz
+    abilities: frozenset[Ability] = frozenset()
+    text_limit: int = 5000  # characters in one request
+    reference_seconds: tuple[float, float] | None = None  # shortest and longest useful reference
+    reference_required: bool = False  # cannot speak without a reference
+    reproducible: bool = True  # same seed, same machine: bitwise the same media (tested)
+    reproducible_note: str = ""
+    options: type[Options] = Options
+    source: str = ""  # paper or project page
+    pick: Callable[[Any, Any], Checkpoint] | None = None  # (request, options) -> checkpoint
+    check: Callable[[Any, Any, Path | None], None] | None = None
+    """Engine's own refusals: `(request, options, weights folder or None)`; raises BadInput."""
+
+    def checkpoint(self, request: Any, options: Options) -> Checkpoint:
+        """The checkpoint that serves this request."""
+        return self.pick(request, options) if self.pick else self.checkpoints[0]
+
+    @property
+    def has_weights(self) -> bool:
+        return self.weights_licence is not None
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the largest checkpoint."""
+        return max(c.parameters for c in self.checkpoints)
+
+
+def knob(default: Any, description: str, **bounds: Any) -> Any:
+    """A field of `Options`: default, one-line description, and pydantic's bounds.
+
+    `step=` and `suggestions=` go to the page's control.
+    """
+    extra = {k: bounds.pop(k) for k in ("step", "suggestions") if k in bounds}
+    return Field(default, description=description, json_schema_extra=extra or None, **bounds)

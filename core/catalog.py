@@ -1,0 +1,57 @@
+"""Finds the engines: every folder of core/engines with a card.py, and packages that add more."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+from importlib.metadata import entry_points
+
+import core.engines
+from core.card import Card, Modality
+from core.errors import BadInput
+
+ENTRY_POINTS = "soundstage.engines"
+
+
+@cache
+def _packages(extra: tuple[str, ...]) -> dict[str, str]:
+    """Engine id -> package name, in a stable order."""
+    own = [f"core.engines.{m.name}" for m in pkgutil.iter_modules(core.engines.__path__) if m.ispkg]
+    added = [point.value for point in entry_points(group=ENTRY_POINTS)]
+    return {name.rsplit(".", 1)[-1]: name for name in (*own, *added, *extra)}
+
+
+class Catalog:
+    """The cards of all engines. Reading them imports no torch.
+
+    Args:
+        extra: packages to add, by module name (`Settings.engine_modules`).
+    """
+
+    def __init__(self, extra: tuple[str, ...] = ()) -> None:
+        self._packages = _packages(extra)
+        self._cards = {}
+        for package in self._packages.values():
+            card = importlib.import_module(f"{package}.card").CARD
+            self._cards[card.id] = card
+            assert self._packages.get(card.id) == package, f"{package} holds the card of {card.id!r}"
+
+    def card(self, engine: str) -> Card:
+        """One engine's card; `BadInput` if there is no such engine."""
+        try:
+            return self._cards[engine]
+        except KeyError:
+            raise BadInput(
+                f"There is no engine {engine!r}; the engines are: {', '.join(sorted(self._cards))}."
+            ) from None
+
+    def cards(self, modality: Modality | None = None) -> list[Card]:
+        """All cards, or those of one modality: rule-based first, then by name."""
+        found = [c for c in self._cards.values() if modality in (None, c.modality)]
+        return sorted(found, key=lambda c: (c.has_weights, c.name.lower()))
+
+    def package(self, engine: str) -> str:
+        """The package an engine lives in; `<package>.engine` and `<package>.miniature` are for the worker."""
+        self.card(engine)
+        return self._packages[engine]

@@ -1,0 +1,1 @@
+"""One folder an engine: card.py (data), engine.py (load and generate), miniature.py (a tiny checkpoint)."""
