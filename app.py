@@ -90,13 +90,20 @@ def serve(
 
 
 @cli.command()
-def engines(as_json: Json = False, debug: Debug = False) -> None:
+def engines(
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False,
+    debug: Debug = False,
+) -> None:
     """List the engines: what they are, what they can do, and their licences."""
-    from core.catalog import Catalog
+    from core.catalog import Catalog, as_markdown
 
     cards = Catalog(_settings().engine_modules).cards()
     if as_json:
         _print_json([_card_facts(card) for card in cards])
+        return
+    if markdown:
+        print(as_markdown(cards))
         return
     _table(
         ("engine", "name", "kind", "weights licence", "can"),
