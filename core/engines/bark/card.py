@@ -34,10 +34,12 @@ _REQUIRED = ("config.json", "generation_config.json", VOICES_FILE)
 
 
 class BarkOptions(Options):
-    checkpoint: Literal["small", "large"] = knob("small", "small is about three times as fast, large sounds better")
+    checkpoint: Literal["small", "large"] = knob(
+        "small", "small is about three times as fast, large sounds better"
+    )
     voice: str = knob(
         AUTO,
-        "Voice preset such as v2/en_speaker_6; auto: speaker 6 of the text's language; empty: a voice by chance",
+        "A preset such as v2/en_speaker_6; auto: speaker 6 of the text's language; empty: any voice",
         suggestions=[AUTO, "", *(f"v2/{language}_speaker_{n}" for language in LANGUAGES for n in range(10))],
         max_length=80,
     )
@@ -100,7 +102,9 @@ def _check_characters(text: str, weights: Path) -> None:
     known = set(file.read_text("utf-8")) | set("♪")
     strange = {c: None for c in text if c not in known and unicodedata.category(c)[0] not in "ZC"}
     if strange:
-        raise BadInput(f"Bark does not know the characters {' '.join([*strange][:10])}; write it without them.")
+        raise BadInput(
+            f"Bark does not know the characters {' '.join([*strange][:10])}; write it without them."
+        )
 
 
 CARD = Card(

@@ -20,12 +20,12 @@ from core.requests import SpeechRequest
 
 mend_torchaudio()
 
-from transformers import AutoProcessor, BarkModel  # noqa: E402  # imports torchaudio where it is installed
+from transformers import AutoConfig, AutoProcessor, BarkConfig, BarkModel  # noqa: E402  # imports torchaudio where it is installed
 
 from core.engines.bark.stages import Stages, Voice  # noqa: E402
 
-# Bark speaks for at most about 15 s at once. The slowest readers say 12 letters a second, or 4 characters of a
-# script that writes a syllable in one.
+# Bark speaks for at most 15 s at once (768 semantic tokens at 49.9 Hz). A reader says about 14 letters a
+# second, or 4 to 5 characters of a script that writes a syllable in one.
 _LETTERS_PER_SECOND = {"zh": 4, "ja": 5, "ko": 5}
 _OTHERS_PER_SECOND = 14
 _PIECE_SECONDS = 13
@@ -34,13 +34,23 @@ _FINE_STEP = 10  # one step of the fine stage reads 1024 frames at once: about a
 
 
 class BarkEngine(Engine):
-    """Token-based: one sentence is up to 768 semantic tokens, three times as many coarse ones, and six passes."""
+    """A sentence is up to 768 semantic tokens, three times as many coarse ones, and six passes of the fine stage."""
 
     def load(self, weights: Path | None, placement: Placement) -> None:
         assert weights is not None
+        config = AutoConfig.from_pretrained(weights)
+        if not isinstance(config, BarkConfig):
+            raise WeightsError(f"The folder holds a checkpoint of {config.model_type!r}, not of Bark.")
         self.weights = weights
         self.processor = AutoProcessor.from_pretrained(weights)
-        self.model = BarkModel.from_pretrained(weights, dtype=placement.torch_dtype)
+        self.model, loaded = BarkModel.from_pretrained(
+            weights, dtype=placement.torch_dtype, output_loading_info=True
+        )
+        # The library would go on with random numbers in their place.
+        if missing := loaded["missing_keys"] & dict(self.model.named_parameters()).keys():
+            raise WeightsError(
+                f"The checkpoint lacks {len(missing)} of Bark's tensors, {min(missing)} for one."
+            )
         self.model.to(placement.device).eval()
         self.stages = Stages(self.model)
 

@@ -23,14 +23,28 @@ COARSE = {"input_vocab_size": 12_096, "output_vocab_size": 12_096}
 FINE = {"input_vocab_size": 1_056, "output_vocab_size": 1_056, "n_codes_total": 8, "n_codes_given": 1}
 # Letters of the languages that Bark speaks, as the real vocabulary has them: Latin, Cyrillic, Devanagari,
 # punctuation, kana, ideographs, Hangul, full-width forms.
-_WITHIN_WORDS = ((0x21, 0x7E), (0xA1, 0x17F), (0x400, 0x45F), (0x900, 0x97F), (0x3040, 0x30FF), (0xAC00, 0xD7A3))
+_WITHIN_WORDS = (
+    (0x21, 0x7E),
+    (0xA1, 0x17F),
+    (0x400, 0x45F),
+    (0x900, 0x97F),
+    (0x3040, 0x30FF),
+    (0xAC00, 0xD7A3),
+)
 _ALONE = ((0x2010, 0x203A), (0x20A0, 0x20BF), (0x3000, 0x303F), (0x4E00, 0x9FFF), (0xFF01, 0xFF5E))
 
 
 def build(folder: Path, checkpoint: Checkpoint) -> None:
     """Write the checkpoint into `folder`."""
     torch.manual_seed(SEED)
-    layer = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "block_size": 1024, "dropout": 0.0, "bias": False}
+    layer = {
+        "hidden_size": 8,
+        "num_layers": 1,
+        "num_heads": 2,
+        "block_size": 1024,
+        "dropout": 0.0,
+        "bias": False,
+    }
     config = BarkConfig(
         semantic_config=layer | SEMANTIC,
         coarse_acoustics_config=layer | COARSE,
@@ -48,11 +62,14 @@ def build(folder: Path, checkpoint: Checkpoint) -> None:
     config.architectures = ["BarkModel"]
     model = BarkModel(config)
     with torch.no_grad():
-        # Untrained, its heads would find all tokens equally likely, and its codec would say nothing.
+        # As initialised, all tokens are equally likely, and the codec gives a constant for any of them.
         for stage in (model.semantic, model.coarse_acoustics):
             stage.lm_head.weight.normal_()
         for book in model.codec_model.quantizer.layers:
-            book.codebook.embed.normal_()
+            book.codebook.embed.normal_(std=100)
+        for name, parameter in model.codec_model.decoder.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
     config.save_pretrained(folder)
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     _write_generation_config(folder)
@@ -69,7 +86,7 @@ def _write_generation_config(folder: Path) -> None:
         "codebook_size": 1024,
         "semantic_config": {
             **sampling,
-            "max_new_tokens": 60,  # 1.2 s, where the real one may go on to 768, for 15 s
+            "max_new_tokens": 52,  # 1 s, where the real one may go on to 768, for 15 s
             "eos_token_id": 10_000,
             "pad_token_id": 10_000,
         },

@@ -53,7 +53,9 @@ class Stages:
     def coarse_per_semantic(self) -> float:
         """Coarse tokens for one semantic token: about 3 (two codebooks at 75 Hz against 49.9 Hz)."""
         coarse = self.coarse_config
-        return float(coarse.coarse_rate_hz / self.semantic_config.semantic_rate_hz * coarse.n_coarse_codebooks)
+        return float(
+            coarse.coarse_rate_hz / self.semantic_config.semantic_rate_hz * coarse.n_coarse_codebooks
+        )
 
     def semantic(
         self,
@@ -73,13 +75,12 @@ class Stages:
             (1, n) tokens without the end token; n may be 0.
         """
         config = self.semantic_config
+        config.temperature, config.min_eos_p = temperature, min_eos_p
         tokens = self.model.semantic.generate(
             inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             semantic_generation_config=config,
             history_prompt=voice,
-            temperature=temperature,
-            min_eos_p=min_eos_p,
             stopping_criteria=_watching(watch, config.max_new_tokens),
         )
         return tokens[:, : int((tokens[0] != config.eos_token_id).sum())]
@@ -87,19 +88,23 @@ class Stages:
     def coarse(
         self, semantic: torch.Tensor, voice: Voice | None, temperature: float, watch: Watch
     ) -> torch.Tensor:
-        """Semantic tokens (1, n) to coarse tokens (1, 2 T), both codebooks by turns, as the model numbers them."""
-        steps = 2 * int(semantic.shape[1] * self.coarse_per_semantic / 2)
+        """Semantic tokens (1, n) to coarse tokens (1, 2 T): codebooks by turns, in the model's numbering."""
+        config = self.coarse_config
+        config.temperature = temperature
+        frames = int(semantic.shape[1] * self.coarse_per_semantic / config.n_coarse_codebooks)
+        steps = frames * config.n_coarse_codebooks
         return self.model.coarse_acoustics.generate(
             semantic.clone(),  # the library writes into it
             semantic_generation_config=self.semantic_config,
-            coarse_generation_config=self.coarse_config,
+            coarse_generation_config=config,
             codebook_size=self.codebook_size,
             history_prompt=voice,
-            temperature=temperature,
             stopping_criteria=_watching(watch, steps),
         )
 
-    def fine(self, coarse: torch.Tensor, voice: Voice | None, temperature: float, watch: Watch) -> torch.Tensor:
+    def fine(
+        self, coarse: torch.Tensor, voice: Voice | None, temperature: float, watch: Watch
+    ) -> torch.Tensor:
         """Coarse tokens (1, 2 T) to all codebooks (1, 8, T)."""
         steps = self._fine_steps(coarse.shape[1] // self.coarse_config.n_coarse_codebooks, voice)
         done = 0
