@@ -219,7 +219,11 @@ def test_the_worker_ends_with_its_page(settings, tmp_path):
     script.write_text(code)
     environment = {**os.environ, "SOUNDSTAGE_HOME": str(tmp_path), "PYTHONPATH": str(Path.cwd())}
     page = subprocess.Popen(
-        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, str(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     pid = int(page.stdout.readline())
     pidfd = os.pidfd_open(pid)
