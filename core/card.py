@@ -67,6 +67,19 @@ class Checkpoint(BaseModel):
     required: tuple[str, ...] = ()  # files without which a folder is not this checkpoint
     archive: str = ""  # a zip outside the hub, for weights that are published only there
     parameters: int = 0
+    also: tuple[Checkpoint, ...] = ()
+    """Further repositories the engine reads, a vocoder say.
+
+    The folder handed to the engine holds this checkpoint's own files at its root, and those of each of these
+    in a sub-folder named after the last part of its repository ("charactr/vocos-mel-24khz" ->
+    "vocos-mel-24khz/"). `files` and `required` of each are relative to its own sub-folder.
+    """
+    optional: bool = False  # as one of `also`: used where it is there, and no error where it is not
+
+    @property
+    def folder(self) -> str:
+        """The sub-folder of the main checkpoint that holds this one, when it is one of `also`."""
+        return self.repository.rsplit("/", 1)[-1]
 
 
 class Card(BaseModel):
@@ -117,5 +130,5 @@ def knob(default: Any, description: str, **bounds: Any) -> Any:
 
     `step=` and `suggestions=` go to the page's control.
     """
-    extra = {k: bounds.pop(k) for k in ("step", "suggestions") if k in bounds}
+    extra: dict[str, Any] = {k: bounds.pop(k) for k in ("step", "suggestions") if k in bounds}
     return Field(default, description=description, json_schema_extra=extra or None, **bounds)

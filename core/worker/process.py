@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -41,9 +42,10 @@ _LOG_TAIL = 4000  # bytes of the worker's output that go into a failure's detail
 class Worker(Protocol):
     """Runs one job at a time; the page's jobs know nothing else of it."""
 
-    state: State
-    pulse: Pulse | None
-
+    @property
+    def state(self) -> State: ...
+    @property
+    def pulse(self) -> Pulse | None: ...
     def start(self, listener: Listener) -> None: ...
     def run(self, job: str, order: Order, folder: Path, online: bool) -> None: ...
     def stop(self, job: str) -> None: ...
@@ -67,8 +69,9 @@ class _Current:
 class WorkerProcess:
     """A child process that imports torch, watched by one thread.
 
-    A job ends with exactly one of `Finished`, `Failed` and `Stopped`, whatever becomes of the process: a crash, a
-    kill from outside, a hang and an ignored stop are told as what they are, and a new process takes over.
+    A job ends with exactly one of `Finished`, `Failed` and `Stopped`, whatever becomes of the process: a
+    crash, a kill from outside, a hang and an ignored stop are told as what they are, and a new process
+    takes over.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -127,10 +130,8 @@ class WorkerProcess:
         self._watcher.join(2)
 
     def _send(self, message: ToWorker) -> None:
-        try:
+        with suppress(OSError):  # the process is gone; the watcher says so and starts another
             self._pipe.send(message)
-        except (BrokenPipeError, OSError):
-            pass  # the process is gone; the watcher says so and starts another
 
     def _spawn(self) -> None:
         from core.worker import _child
