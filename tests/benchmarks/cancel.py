@@ -73,7 +73,7 @@ def _hang(studio: Studio) -> Row:
     [job] = studio.submit(
         [Order(engine="unruly", request=request, options={"behave": "deaf"}, seed=1, weights="miniature")], VISITOR
     )
-    _until(studio, job, threading.Event(), lambda job: job.note.startswith("Loading"))
+    _until(studio, job, threading.Event(), lambda job: isinstance(job.event, Step))
     restarts = studio._worker.restarts  # type: ignore[attr-defined]
     pressed = time.perf_counter()
     studio.stop(VISITOR, job.id)

@@ -124,7 +124,7 @@ def test_a_hang_is_ended_after_the_silence_limit(bench):
 
 def test_an_ignored_stop_ends_the_process_after_the_grace(bench):
     bench.begin("deaf")
-    bench.until(Loading)
+    bench.until(Step)
     bench.worker.stop("job")
     stopped = bench.end()
     assert isinstance(stopped, Stopped) and "did not stop within 1 s" in stopped.reason
