@@ -97,6 +97,10 @@ class JobRun:
         self.check()
         self._tell(Preview(file.name))
 
+    def finishing(self) -> None:
+        """The result is there; what is left are its files and pictures."""
+        self._tell(Step(1, 1, "Writing files and pictures"))
+
     def loading(self, note: str, done: int = 0, total: int = 0) -> None:
         """Progress of a download or a load; throttled like steps."""
         self.check()
@@ -229,6 +233,7 @@ class Host:
             result = resident.engine.generate(order.request, options, run)
             ended = time.perf_counter()
         memory = meter.read()
+        run.finishing()
         media = save(result, job.folder)
         measurements: dict[str, float | int | None] = {
             "load_seconds": round(load_seconds, 4),
