@@ -17,6 +17,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub.constants
+import pytest
+
 LFS_SUFFIXES = {".safetensors", ".bin", ".pth", ".pt", ".npz", ".onnx", ".h5"}
 HOLD_LIMIT = 20.0  # seconds; a test that forgets to release a file must not hang the server
 
@@ -90,6 +93,23 @@ def loopback_hub() -> Iterator[LoopbackHub]:
         server.shutdown()
         server.server_close()
         thread.join(5)
+
+
+def point_at(hub: LoopbackHub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process take the loopback hub for the hub, with its cache under `home`.
+
+    huggingface_hub reads the environment once, at its import; so its constants are set as well.
+    """
+    monkeypatch.setenv("HF_ENDPOINT", hub.address)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for name, value in {
+        "ENDPOINT": hub.address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.address + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_ASSETS_CACHE": str(home / "assets"),
+        "HF_HUB_OFFLINE": False,
+    }.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
 
 
 class _Handler(BaseHTTPRequestHandler):
