@@ -207,6 +207,7 @@ class Host:
         if order.revision:
             checkpoint = checkpoint.model_copy(update={"revision": order.revision})
         run.loading("Looking for weights" if card.has_weights else "Starting")
+        device = self.device if card.has_weights else None  # first of all: it mends what libraries trip over
         found = weights.resolve(
             card,
             checkpoint,
@@ -218,7 +219,7 @@ class Host:
         )
         check(card, order.request, options, found.folder)
         run.loading(f"Loading {card.name}")
-        meter = Meter(self.device if card.has_weights else None)
+        meter = Meter(device)
         where = self._place(card, found.bytes)
         key = Key(card.id, found.folder, found.commit, where)
         asked = time.perf_counter()
