@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -55,9 +56,14 @@ class LoopbackHub:
         return [a for a in self.asked if a.method == "GET" and a.path.endswith(ending) and a.sent]
 
     def commit(self, repository: str) -> str:
-        folder = self.repositories[repository]
-        listing = [(f.relative_to(folder).as_posix(), sha256(f)) for f in _files(folder)]
-        return hashlib.sha1(json.dumps(listing).encode()).hexdigest()
+        return _commit(self.repositories[repository])
+
+
+@cache
+def _commit(folder: Path) -> str:
+    """A folder's commit, and so its content, stays as at the first request."""
+    listing = [(f.relative_to(folder).as_posix(), sha256(f)) for f in _files(folder)]
+    return hashlib.sha1(json.dumps(listing).encode()).hexdigest()
 
 
 def sha256(file: Path) -> str:
