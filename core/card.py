@@ -102,6 +102,7 @@ class Card(BaseModel):
     text_limit: int = 5000  # characters in one request
     reference_seconds: tuple[float, float] | None = None  # shortest and longest useful reference
     reference_required: bool = False  # cannot speak without a reference
+    half_precision: bool = False  # its weights run in half precision on a GPU
     reproducible: bool = True  # same seed, same machine: bitwise the same media (tested)
     reproducible_note: str = ""
     options: type[Options] = Options

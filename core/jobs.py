@@ -1,0 +1,287 @@
+"""The queue: submit, watch, cancel. Jobs belong to the server; a page that reloads finds them again."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+import shutil
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from core.errors import BadInput, SoundstageError
+from core.events import Chunk, Done, Event, Failed, Finished, Loading, Queued, Step, Stopped
+from core.requests import Order
+from core.takes import Take
+from core.worker.process import Worker
+
+log = logging.getLogger(__name__)
+
+State = Literal["queued", "loading", "running", "done", "failed", "stopped"]
+ENDED: frozenset[State] = frozenset({"done", "failed", "stopped"})
+KEPT_PER_VISITOR = 40  # ended jobs that a reload finds; their takes stay on disk
+KEPT_IN_ALL = 2000
+
+
+@dataclass
+class Job:
+    """A request on its way."""
+
+    id: str
+    visitor: str
+    order: Order
+    state: State = "queued"
+    position: int = 0  # in the queue; 0 is next
+    event: Event = field(default_factory=lambda: Queued(0))  # the latest
+    chunks: list[Chunk] = field(default_factory=list)
+    take: Take | None = None
+    reason: str = ""  # why it failed or stopped, in a sentence
+    detail: str = ""  # a failure's trace or log, for the details fold
+    folder: Path | None = None  # its files while it runs
+    created: float = field(default_factory=time.time)
+    started: float | None = None
+    ended: float | None = None
+    passed_over: int = 0  # times a later job went first because its engine was loaded
+
+    @property
+    def over(self) -> bool:
+        return self.state in ENDED
+
+    @property
+    def note(self) -> str:
+        """What happens now, in a few words."""
+        match self.event:
+            case Loading(note=note) | Step(note=note):
+                return note
+        return ""
+
+    @property
+    def fraction(self) -> float | None:
+        """Share of the present stage that is done, 0 to 1; None where there is no measure."""
+        match self.event:
+            case Loading(done=done, total=total) | Step(done=done, total=total) if total:
+                return min(1.0, done / total)
+        return None
+
+    @property
+    def seconds_left(self) -> float | None:
+        return self.event.seconds_left if isinstance(self.event, Step) else None
+
+
+def choose(
+    heads: Sequence[Job], loaded: Sequence[str], turns: dict[str, int], patience: int
+) -> tuple[Job, list[Job]]:
+    """Which job goes next, and which ones it passes over.
+
+    Visitors take turns: the one served longest ago goes first, by arrival among equals. A job whose engine is
+    loaded may go before its turn, unless that would pass a job over more than `patience` times.
+
+    Args:
+        heads: each visitor's first waiting job, by arrival.
+        loaded: engine ids.
+        turns: visitor -> number of the turn it was last served in.
+    """
+    fair = sorted(heads, key=lambda job: turns.get(job.visitor, -1))  # stable: arrival stays
+    for place, job in enumerate(fair):
+        if job.order.engine in loaded:
+            return job, fair[:place]
+        if job.passed_over >= patience:
+            break
+    return fair[0], []
+
+
+class Jobs:
+    """One worker's queue.
+
+    Args:
+        worker: runs the jobs, one at a time.
+        online: whether the hub answers, for an order that wants to know.
+        new_folder: makes a job's private folder.
+        keep: makes a take of a finished job.
+        patience: times a job may be passed over for a loaded engine.
+        limit: waiting jobs one visitor may have.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        *,
+        online: Callable[[Order], bool],
+        new_folder: Callable[[str], Path],
+        keep: Callable[[Job, Finished], Take],
+        patience: int,
+        limit: int,
+    ) -> None:
+        self._worker = worker
+        self._online = online
+        self._new_folder = new_folder
+        self._keep = keep
+        self._patience = patience
+        self._limit = limit
+        self._lock = threading.RLock()
+        self._jobs: dict[str, Job] = {}  # by arrival
+        self._waiting: list[Job] = []
+        self._running: Job | None = None
+        self._turns: dict[str, int] = {}
+        self._turn = itertools.count()
+        self._listeners: dict[str, list[Callable[[], None]]] = defaultdict(list)
+        worker.start(self._hear)
+
+    def submit(self, orders: Sequence[Order], visitor: str) -> list[Job]:
+        """Queue orders of one visitor, all or none.
+
+        Raises:
+            BadInput: the visitor has too many waiting jobs.
+        """
+        with self._lock:
+            mine = sum(job.visitor == visitor for job in self._waiting)
+            if mine + len(orders) > self._limit:
+                raise BadInput(
+                    f"{mine} of your jobs are waiting already, and {self._limit} may; stop some or wait."
+                )
+            jobs = [Job(secrets.token_urlsafe(16), visitor, order) for order in orders]
+            self._jobs |= {job.id: job for job in jobs}
+            self._waiting += jobs
+            self._dispatch()
+        self._tell_everyone()
+        return jobs
+
+    def stop(self, visitor: str, job_id: str | None = None) -> int:
+        """Stop one job of this visitor, or all of them; returns how many were told to."""
+        with self._lock:
+            mine = [
+                job for job in self._jobs.values()
+                if job.visitor == visitor and not job.over and job_id in (None, job.id)
+            ]  # fmt: skip
+            for job in mine:
+                if job in self._waiting:
+                    self._waiting.remove(job)
+                    self._end(job, Stopped())
+                else:
+                    self._worker.stop(job.id)
+        self._tell_everyone()
+        return len(mine)
+
+    def of(self, visitor: str) -> list[Job]:
+        """This visitor's jobs, oldest first: waiting, running, and the latest that ended."""
+        with self._lock:
+            return [job for job in self._jobs.values() if job.visitor == visitor]
+
+    def get(self, job_id: str, visitor: str) -> Job:
+        """One job; another visitor's is as absent as one that never was."""
+        with self._lock:
+            job = self._jobs.get(job_id)
+        if job is None or job.visitor != visitor:
+            raise BadInput("There is no such job.")
+        return job
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def listen(self, visitor: str, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call `callback`, from any thread, whenever a job of this visitor may look different; returns the undo."""
+        with self._lock:
+            self._listeners[visitor].append(callback)
+
+        def undo() -> None:
+            with self._lock:
+                self._listeners[visitor].remove(callback)
+                if not self._listeners[visitor]:
+                    del self._listeners[visitor]
+
+        return undo
+
+    def _dispatch(self) -> None:
+        """Hand the worker its next job, if it is free and one waits. Called with the lock held."""
+        while self._running is None and self._waiting:
+            heads = list({job.visitor: job for job in reversed(self._waiting)}.values())[::-1]
+            pulse = self._worker.pulse
+            job, passed = choose(heads, pulse.loaded if pulse else (), self._turns, self._patience)
+            for other in passed:
+                other.passed_over += 1
+            self._waiting.remove(job)
+            self._turns[job.visitor] = next(self._turn)
+            try:
+                job.folder = self._new_folder(job.id)
+            except SoundstageError as error:
+                self._end(job, Failed(str(error)))
+                continue
+            job.started = time.time()
+            job.state = "loading"
+            job.event = Loading("Starting")
+            self._running = job
+            self._worker.run(job.id, job.order, job.folder, self._online(job.order))
+        for place, job in enumerate(self._waiting):
+            job.position = place
+            job.event = Queued(place)
+
+    def _hear(self, job_id: str, event: Event) -> None:
+        """The worker's word on the running job."""
+        with self._lock:
+            job = self._running
+            if job is None or job.id != job_id:
+                return
+        if isinstance(event, Finished | Failed | Stopped):
+            end = self._finish(job, event) if isinstance(event, Finished) else event
+            with self._lock:
+                self._end(job, end)
+                self._running = None
+                self._dispatch()
+            self._tell_everyone()
+            return
+        with self._lock:
+            if isinstance(event, Chunk):
+                job.chunks.append(event)
+            else:
+                job.event = event
+                job.state = "loading" if isinstance(event, Loading) else "running"
+        self._tell(job.visitor)
+
+    def _finish(self, job: Job, finished: Finished) -> Done | Failed:
+        try:
+            job.take = self._keep(job, finished)
+        except SoundstageError as error:
+            return Failed(str(error))
+        except Exception as error:
+            log.exception("could not keep the take of job %s", job.id)
+            return Failed(f"The result could not be kept: {error}")
+        return Done(job.take.id)
+
+    def _end(self, job: Job, event: Done | Failed | Stopped) -> None:
+        job.event = event
+        job.ended = time.time()
+        job.state = "done" if isinstance(event, Done) else "failed" if isinstance(event, Failed) else "stopped"
+        if isinstance(event, Failed | Stopped):
+            job.reason = event.reason
+            job.detail = event.detail if isinstance(event, Failed) else ""
+            if job.folder:
+                shutil.rmtree(job.folder, ignore_errors=True)
+        self._forget_old(job.visitor)
+
+    def _forget_old(self, visitor: str) -> None:
+        ended = [job for job in self._jobs.values() if job.over]
+        mine = [job for job in ended if job.visitor == visitor]
+        for job in {j.id: j for j in (*mine[:-KEPT_PER_VISITOR], *ended[:-KEPT_IN_ALL])}:
+            del self._jobs[job]
+        if len(self._turns) > KEPT_IN_ALL:
+            present = {job.visitor for job in self._jobs.values()}
+            self._turns = {v: turn for v, turn in self._turns.items() if v in present}
+
+    def _tell(self, visitor: str) -> None:
+        with self._lock:
+            callbacks = list(self._listeners.get(visitor, ()))
+        for callback in callbacks:
+            callback()
+
+    def _tell_everyone(self) -> None:
+        """Positions changed."""
+        with self._lock:
+            visitors = list(self._listeners)
+        for visitor in visitors:
+            self._tell(visitor)

@@ -1,0 +1,247 @@
+"""The one door: what the page and the command line can ask for."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from core import __version__, takes, weights
+from core.card import Card, Checkpoint, Modality, Options
+from core.catalog import Catalog
+from core.errors import BadInput
+from core.events import Finished
+from core.jobs import Job, Jobs
+from core.requests import Order, check, parse_options
+from core.settings import Settings
+from core.takes import Take, Takes
+from core.worker.process import InlineWorker, State, Worker, WorkerProcess
+
+HEARTBEAT_SECONDS = 2.0  # a watcher wakes at least this often
+SETTLE_SECONDS = 0.15  # events that come together wake a watcher once
+
+
+@dataclass(frozen=True)
+class Status:
+    """For the page's header. Bytes."""
+
+    device: str
+    memory_used: int
+    memory_total: int
+    ram_used: int
+    ram_total: int
+    queue: int
+    loaded: tuple[str, ...]  # names of engines
+    worker: State
+
+
+class Studio:
+    """Everything behind the page. One per server; close it at the end."""
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
+        self.catalog = Catalog(self.settings.engine_modules)
+        self.hub = weights.Hub()
+        self.hub.probe()
+        self.takes = Takes(self.settings.takes_folder)
+        self.licences = weights.Licences(self.settings.home)
+        self._worker: Worker = (
+            InlineWorker(self.settings) if self.settings.inline else WorkerProcess(self.settings)
+        )
+        self._jobs = Jobs(
+            self._worker,
+            online=self._online_for,
+            new_folder=self.takes.new_folder,
+            keep=self._keep,
+            patience=self.settings.patience,
+            limit=self.settings.jobs_per_visitor,
+        )
+
+    def close(self) -> None:
+        self._worker.close()
+        self.takes.close()
+
+    # Engines and weights
+
+    def cards(self, modality: Modality | None = None) -> list[Card]:
+        return self.catalog.cards(modality)
+
+    def online(self) -> bool:
+        """Whether the hub answers, as last probed; waits for the first probe at most 2 s."""
+        return self.hub.online()
+
+    def weights_plan(
+        self, card: Card, checkpoint: Checkpoint | None = None, choice: str | None = None
+    ) -> weights.Plan:
+        """Which weights would be used now; raises BadInput or WeightsError if none can be."""
+        choice = choice or self.settings.weights
+        return weights.plan(card, checkpoint or card.checkpoints[0], choice, self._asks_hub(card, choice))
+
+    def _asks_hub(self, card: Card, choice: str) -> bool:
+        """Whether the hub answers; not asked, and so not waited for, where it plays no part."""
+        return card.has_weights and choice in ("auto", "hub") and self.hub.online()
+
+    def _online_for(self, order: Order) -> bool:
+        return self._asks_hub(self.catalog.card(order.engine), order.weights)
+
+    # Jobs
+
+    def check(self, order: Order) -> None:
+        """Refuse what cannot be done, in one sentence, before anything is queued or loaded.
+
+        Raises:
+            BadInput: the request or an option is wrong for this engine.
+            LicenceNeeded: the weights' licence has to be accepted first.
+            WeightsError: there are no weights to use.
+        """
+        card, options = self._parse(order)
+        check(card, order.request, options)
+        plan = self.weights_plan(card, card.checkpoint(order.request, options), order.weights)
+        accepted = order.accepted | self.licences.accepted() | frozenset(self.settings.accept_licences)
+        weights.may_use(card, plan, accepted)
+
+    def _parse(self, order: Order) -> tuple[Card, Options]:
+        card = self.catalog.card(order.engine)
+        return card, parse_options(card, order.options)
+
+    def submit(self, orders: Sequence[Order], visitor: str) -> list[Job]:
+        """Queue orders, all or none; raises what `check` raises."""
+        if not orders:
+            raise BadInput("No engine is chosen; choose at least one.")
+        for order in orders:
+            self.check(order)
+        return self._jobs.submit(orders, visitor)
+
+    def again(self, take_id: str, visitor: str) -> Job:
+        """Make a take again from its own record: same request, options, seed and weights."""
+        take = self.take(take_id, visitor)
+        order = self.takes.order_of(take)
+        if take.weights["kind"] in ("miniature", "hub"):
+            revision = take.weights["commit"] if take.weights["kind"] == "hub" else ""
+            order = order.model_copy(update={"weights": take.weights["kind"], "revision": revision})
+        return self.submit([order], visitor)[0]
+
+    def stop(self, visitor: str, job_id: str | None = None) -> int:
+        return self._jobs.stop(visitor, job_id)
+
+    def jobs(self, visitor: str) -> list[Job]:
+        return self._jobs.of(visitor)
+
+    def job_file(self, job_id: str, visitor: str, name: str) -> Path:
+        """A file that a running job has written so far."""
+        job = self._jobs.get(job_id, visitor)
+        folder = job.take.folder if job.take else job.folder
+        file = folder / Path(name).name if folder else None
+        if file is None or not file.is_file():
+            raise BadInput("There is no such file.")
+        return file
+
+    async def changes(self, visitor: str) -> AsyncIterator[None]:
+        """Yields at once, then whenever a job of this visitor may look different, and every 2 s."""
+        loop, wake = asyncio.get_running_loop(), asyncio.Event()
+        undo = self._jobs.listen(visitor, lambda: loop.call_soon_threadsafe(wake.set))
+        try:
+            while True:
+                wake.clear()
+                yield
+                try:
+                    await asyncio.wait_for(wake.wait(), HEARTBEAT_SECONDS)
+                    await asyncio.sleep(SETTLE_SECONDS)
+                except TimeoutError:
+                    pass
+        finally:
+            undo()
+
+    def wait(self, job: Job, tick: Any = None, interval: float = 0.1) -> Job:
+        """Block until a job is over, calling `tick(job)` now and then: for scripts and the command line."""
+        while not job.over:
+            if tick:
+                tick(job)
+            time.sleep(interval)
+        return job
+
+    # Takes
+
+    def _keep(self, job: Job, finished: Finished) -> Take:
+        card, _ = self._parse(job.order)
+        licence = card.weights_licence
+        assert job.folder is not None
+        take = Take(
+            id=secrets.token_urlsafe(16),
+            made=datetime.now(UTC),
+            engine=card.id,
+            modality=card.modality,
+            order=job.order,
+            weights=finished.weights,
+            media=list(finished.media),
+            measurements={**finished.measurements, "queue_seconds": round((job.started or 0) - job.created, 4)},
+            placement=finished.placement,
+            versions=finished.versions,
+            group=job.order.group,
+            licences={
+                "code": card.code_licence.name,
+                "weights": licence.name if licence else "",
+                "commercial": licence is None or licence.commercial,
+            },
+            soundstage=__version__,
+        )
+        for chunk in job.chunks:
+            (job.folder / chunk.file).unlink(missing_ok=True)
+        return self.takes.keep(job.folder, take, job.visitor)
+
+    def take(self, take_id: str, visitor: str) -> Take:
+        return self.takes.get(take_id, owner=visitor)
+
+    def list_takes(self, visitor: str | None = None, modality: Modality | None = None, limit: int = 50) -> list[Take]:
+        """Newest first; `visitor=None` lists everyone's, for the operator's command line."""
+        return self.takes.list(owner=visitor, modality=modality, limit=limit)
+
+    def delete(self, take_id: str, visitor: str) -> None:
+        self.takes.delete(take_id, visitor)
+
+    def export_zip(self, take_ids: Sequence[str], visitor: str, file: Path) -> Path:
+        takes.export_zip([self.take(i, visitor) for i in take_ids], file)
+        return file
+
+    def as_csv(self, take_ids: Sequence[str], visitor: str) -> str:
+        return takes.as_csv([self.take(i, visitor) for i in take_ids])
+
+    # The server
+
+    def unload(self, engine: str = "") -> None:
+        """Release one engine's memory, or all."""
+        self._worker.unload(engine)
+
+    def status(self) -> Status:
+        pulse = self._worker.pulse
+        names = {card.id: card.name for card in self.cards()}
+        return Status(
+            device=pulse.device if pulse else "",
+            memory_used=pulse.device_used if pulse else 0,
+            memory_total=pulse.device_total if pulse else 0,
+            ram_used=pulse.ram_used if pulse else 0,
+            ram_total=pulse.ram_total if pulse else 0,
+            queue=self._jobs.waiting,
+            loaded=tuple(names.get(e, e) for e in pulse.loaded) if pulse else (),
+            worker=self._worker.state,
+        )
+
+    def secret(self) -> str:
+        """A secret of this installation, the same after a restart: the page signs what it keeps in browsers."""
+        file = self.settings.home / "secret"
+        try:
+            return file.read_text()
+        except FileNotFoundError:
+            self.settings.home.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as new:
+                    new.write(secrets.token_urlsafe(32))
+            except FileExistsError:
+                pass  # another server of this home was faster
+            return file.read_text()

@@ -1,0 +1,1 @@
+"""The side that imports torch. The page process imports of it only `process`."""

@@ -1,0 +1,14 @@
+"""What the spawned process calls first. Importing it is cheap, so the page can name it; it imports the host."""
+
+from __future__ import annotations
+
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from core.settings import Settings
+
+
+def run(pipe: Connection, settings: Settings, log: Path) -> None:
+    from core.worker.host import main
+
+    main(pipe, settings, log)

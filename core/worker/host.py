@@ -1,0 +1,393 @@
+"""Inside the worker: leases an engine, runs a job, reports events. One job at a time.
+
+The same `Host` runs in a child process (`main`) and inline, in the process of a test, a script or a ZeroGPU Space.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import os
+import queue
+import random
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core import __version__, weights
+from core.card import Card
+from core.catalog import Catalog
+from core.engines.base import Cancelled, Engine, Placement
+from core.errors import BadInput, DoesNotFit, SoundstageError, WeightsError
+from core.events import Chunk, Event, Failed, Finished, Loading, Preview, Step, Stopped
+from core.media import Audio, write_audio
+from core.requests import check, parse_options
+from core.settings import Settings
+from core.worker import placement
+from core.worker.devices import Device, ram_available, ram_peak, ram_total, ram_used, reset_ram_peak
+from core.worker.messages import (
+    FromWorker,
+    JobEvent,
+    Pulse,
+    Quit,
+    RunJob,
+    StopJob,
+    ToWorker,
+    Unload,
+)
+from core.worker.outputs import save
+from core.worker.residency import Key, Residency
+
+PULSE_SECONDS = 2.0
+EVENTS_PER_SECOND = 10.0  # of steps; an eye sees no more
+LIBRARIES = ("torch", "transformers", "coqui-tts", "f5-tts")  # whose versions go into a take
+
+
+class JobRun:
+    """One job as its engine sees it (`core.engines.base.Run`)."""
+
+    def __init__(self, seed: int, folder: Path, tell: Callable[[Event], None]) -> None:
+        self.seed = seed
+        self._folder = folder
+        self._tell = tell
+        self._stop = threading.Event()
+        self._told = 0.0
+        self._first_step: tuple[float, int] | None = None
+        self._chunks = 0
+        self.first_audio: float | None = None  # time.perf_counter() of the first chunk
+
+    def ask_to_stop(self) -> None:
+        self._stop.set()
+
+    def check(self) -> None:
+        if self._stop.is_set():
+            raise Cancelled
+
+    def step(self, done: int, total: int, note: str = "") -> None:
+        self.check()
+        now = time.perf_counter()
+        if now - self._told < 1 / EVENTS_PER_SECOND and done < total and self._first_step:
+            return
+        self._told = now
+        if self._first_step is None:
+            self._first_step = (now, done)
+        began, at = self._first_step
+        pace = (now - began) / (done - at) if done > at else None
+        self._tell(Step(done, total, note, None if pace is None else pace * (total - done)))
+
+    def chunk(self, audio: Audio) -> None:
+        self.check()
+        if self.first_audio is None:
+            self.first_audio = time.perf_counter()
+        name = f"chunk-{self._chunks:04d}.wav"
+        write_audio(self._folder / name, audio)
+        self._tell(Chunk(name, self._chunks, audio.seconds))
+        self._chunks += 1
+
+    def preview(self, file: Path) -> None:
+        self.check()
+        self._tell(Preview(file.name))
+
+    def loading(self, note: str, done: int = 0, total: int = 0) -> None:
+        """Progress of a download or a load; throttled like steps."""
+        self.check()
+        now = time.perf_counter()
+        if total and done < total and now - self._told < 1 / EVENTS_PER_SECOND:
+            return
+        self._told = now
+        self._tell(Loading(note, done, total))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every generator that a library may draw from."""
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - the libraries draw from the global generator
+    torch.manual_seed(seed)
+
+
+class Host:
+    """Runs jobs, one at a time, and keeps engines loaded between them.
+
+    Args:
+        tell: receives what a page wants to know; called from any thread.
+    """
+
+    def __init__(self, settings: Settings, tell: Callable[[FromWorker], None]) -> None:
+        self._settings = settings
+        self._tell = tell
+        self._catalog = Catalog(settings.engine_modules)
+        self._device: Device | None = None
+        self._running: tuple[str, JobRun] | None = None
+        self._stopped_early: set[str] = set()
+        self._stopping = threading.Lock()
+        self._turn = threading.Lock()
+        self.residency = Residency(self._room_bytes, self._settle, self._device_used, tell)
+
+    @property
+    def device(self) -> Device:
+        """The device; the first use imports torch."""
+        if self._device is None:
+            self._device = Device(self._settings.device, self._settings.model_threads)
+        return self._device
+
+    def stop(self, job: str) -> None:
+        """Ask a job to stop at its next step, or before it starts."""
+        with self._stopping:
+            if self._running and self._running[0] == job:
+                self._running[1].ask_to_stop()
+            else:
+                self._stopped_early.add(job)
+
+    def unload(self, engine: str = "") -> None:
+        """Release one engine, or all."""
+        with self._turn:
+            self.residency.release_all(engine)
+
+    def pulse(self) -> Pulse:
+        device = self._device
+        ram = ram_used()
+        return Pulse(
+            device=device.title if device else "CPU",
+            device_used=device.used() if device else ram,
+            device_total=self._settings.memory_budget or (device.total() if device else ram_total()),
+            ram_used=ram,
+            ram_total=ram_total(),
+            loaded=self.residency.loaded,
+            ready=device is not None,
+        )
+
+    def run(self, job: RunJob) -> None:
+        """Carry out one job. Never raises; the last event is `Finished`, `Failed` or `Stopped`."""
+        run = JobRun(job.order.seed, job.folder, lambda event: self._tell(JobEvent(job.job, event)))
+        with self._turn:
+            with self._stopping:
+                self._running = (job.job, run)
+                if job.job in self._stopped_early:
+                    run.ask_to_stop()
+            broken = False
+            try:
+                last: Event = self._carry_out(job, run)
+            except Cancelled:
+                last = Stopped()
+            except SoundstageError as error:
+                last = Failed(str(error), bad_input=isinstance(error, BadInput))
+            except Exception as error:
+                # Formatted here and dropped: a kept traceback would keep the model alive.
+                last = Failed(_reason(self._catalog.card(job.order.engine), error), traceback.format_exc())
+                broken = True
+            finally:
+                with self._stopping:
+                    self._running = None
+                    self._stopped_early.discard(job.job)
+            if broken:
+                # Whatever state the engine is in now, its next job starts from a fresh one.
+                self.residency.release_all(job.order.engine)
+        self._tell(JobEvent(job.job, last))
+
+    def _carry_out(self, job: RunJob, run: JobRun) -> Finished:
+        order = job.order
+        card = self._catalog.card(order.engine)
+        options = parse_options(card, order.options)
+        checkpoint = card.checkpoint(order.request, options)
+        if order.revision:
+            checkpoint = checkpoint.model_copy(update={"revision": order.revision})
+        run.loading("Looking for weights" if card.has_weights else "Starting")
+        found = weights.resolve(
+            card,
+            checkpoint,
+            order.weights,
+            online=job.online,
+            cache=self._settings.cache,
+            package=self._catalog.package(card.id),
+            report=run.loading,
+        )
+        check(card, order.request, options, found.folder)
+        run.loading(f"Loading {card.name}")
+        meter = Meter(self.device if card.has_weights else None)
+        where = self._place(card, found.bytes)
+        key = Key(card.id, found.folder, found.commit, where)
+        asked = time.perf_counter()
+        with self.residency.lease(key, placement.needed(found.bytes), lambda: self._load(card, key)) as resident:
+            load_seconds = time.perf_counter() - asked
+            run.check()
+            if card.has_weights:
+                seed_everything(order.seed)
+            started = time.perf_counter()
+            result = resident.engine.generate(order.request, options, run)
+            ended = time.perf_counter()
+        memory = meter.read()
+        media = save(result, job.folder)
+        measurements: dict[str, float | int | None] = {
+            "load_seconds": round(load_seconds, 4),
+            "generate_seconds": round(ended - started, 4),
+            "first_audio_seconds": round((run.first_audio or ended) - started, 4),
+            "audio_seconds": round(result.seconds, 4),
+            "real_time_factor": round((ended - started) / result.seconds, 4),
+            "finish_seconds": round(time.perf_counter() - ended, 4),
+            **memory,
+        }
+        origin = {
+            "kind": found.kind,
+            "repository": found.repository,
+            "commit": found.commit,
+            "bytes": found.bytes,
+        }
+        return Finished(tuple(media), measurements, origin, vars(where).copy(), _versions())
+
+    def _place(self, card: Card, size: int) -> Placement:
+        if not card.has_weights:
+            return Placement()
+        held = self.residency.held - self.residency.leased
+        room = placement.Room(
+            device=self.device.name,
+            half_dtype=self.device.half_dtype(),
+            device_bytes=self._capped(self.device.free() + held),
+            ram_bytes=ram_available() + (held if self.device.name == "cpu" else 0),
+        )
+        return placement.plan(card, size, room)
+
+    def _capped(self, size: int) -> int:
+        return min(size, self._settings.memory_budget or size)
+
+    def _room_bytes(self, device: str) -> int:
+        """Bytes that all residents may hold together on a device."""
+        free = self.device.free() if device == self.device.name else ram_available()
+        return self._capped(free + self.residency.held)
+
+    def _load(self, card: Card, key: Key) -> Engine:
+        module = importlib.import_module(f"{self._catalog.package(card.id)}.engine")
+        engine: Engine = module.ENGINE()
+        try:
+            engine.load(key.folder, key.placement)
+        except (Cancelled, SoundstageError):
+            raise
+        except Exception as error:
+            if _is_out_of_memory(error):
+                raise DoesNotFit(f"{card.name} does not fit the memory of {self.device.title}.") from None
+            name = key.folder.name if key.folder else card.id
+            raise WeightsError(
+                f"{card.name} could not load its checkpoint {name!r}: {_first_line(error)}"
+            ) from error
+        return engine
+
+    def _device_used(self) -> int | None:
+        # Host memory is no proof to the byte: the allocator keeps some of it.
+        return self.device.used() if self._device and self._device.name != "cpu" else None
+
+    def _settle(self) -> None:
+        if self._device:
+            self._device.settle()
+
+
+class Meter:
+    """Memory of one job, in bytes: before, at the peak, after."""
+
+    def __init__(self, device: Device | None) -> None:
+        self._device = device
+        self._ram_before = ram_used()
+        self._device_before = device.used() if device else None
+        self._marked = reset_ram_peak()
+        if device:
+            device.reset_peak()
+
+    def read(self) -> dict[str, int | None]:
+        device = self._device
+        return {
+            "ram_before_bytes": self._ram_before,
+            "ram_peak_bytes": ram_peak() if self._marked else None,
+            "ram_after_bytes": ram_used(),
+            "device_before_bytes": self._device_before,
+            "device_peak_bytes": device.peak() if device else None,
+            "device_after_bytes": device.used() if device else None,
+        }
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "AcceleratorError")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "…"
+
+
+def _reason(card: Card, error: Exception) -> str:
+    if _is_out_of_memory(error):
+        return f"{card.name} ran out of memory; ask for less at once, or choose a smaller checkpoint."
+    return f"{card.name} failed: {_first_line(error)}"
+
+
+def _versions() -> dict[str, str]:
+    found = {"soundstage": __version__}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def main(pipe: Connection, settings: Settings, log: Path) -> None:
+    """The child process: read messages, run jobs, and end when the page ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the page's to handle
+    _write_output_to(log)
+    sending = threading.Lock()
+
+    def tell(message: FromWorker) -> None:
+        with sending, suppress(BrokenPipeError):
+            pipe.send(message)
+
+    host = Host(settings, tell)
+    todo: queue.SimpleQueue[ToWorker] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(pipe, host, todo), daemon=True).start()
+    threading.Thread(target=_beat, args=(host, tell), daemon=True).start()
+    _ = host.device  # import torch now, while the visitor still types
+    tell(host.pulse())
+    while not isinstance(message := todo.get(), Quit):
+        if isinstance(message, RunJob):
+            host.run(message)
+        elif isinstance(message, Unload):
+            host.unload(message.engine)
+        tell(host.pulse())
+    host.unload()
+
+
+def _write_output_to(log: Path) -> None:
+    """Send what libraries print, and the stack of a crash, to a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    faulthandler.enable()
+
+
+def _listen(pipe: Connection, host: Host, todo: queue.SimpleQueue[ToWorker]) -> None:
+    """Stops take effect at once; everything else waits its turn."""
+    while True:
+        try:
+            message = pipe.recv()
+        except (EOFError, OSError):
+            os._exit(0)  # the page is gone, and nobody waits for the job in progress
+        if isinstance(message, StopJob):
+            host.stop(message.job)
+        else:
+            todo.put(message)
+
+
+def _beat(host: Host, tell: Callable[[FromWorker], None]) -> None:
+    while True:
+        tell(host.pulse())
+        time.sleep(PULSE_SECONDS)

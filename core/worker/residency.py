@@ -1,0 +1,144 @@
+"""Who is loaded: leases, eviction, and release with its proof."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from core.engines.base import Engine, Placement
+from core.worker.messages import Released
+
+
+@dataclass(frozen=True)
+class Key:
+    """What makes two loads the same."""
+
+    engine: str
+    folder: Path | None
+    commit: str
+    placement: Placement
+
+
+@dataclass
+class Resident:
+    key: Key
+    engine: Engine
+    bytes: int  # planned, weights and working memory
+    device_before: int  # bytes used on the device before it was loaded
+    load_seconds: float
+    leases: int = 0
+    used: float = field(default_factory=time.monotonic)
+    parameters: list[weakref.ref[Any]] = field(default_factory=list)
+
+
+class Residency:
+    """Keeps engines loaded until their room is needed.
+
+    Args:
+        room: bytes that residents may hold together on a device; asked before every load.
+        settle: frees garbage and the allocators' caches.
+        device_used: bytes used on the device now; None where that is no proof (host memory).
+        told: called with each `Released`.
+    """
+
+    def __init__(
+        self,
+        room: Callable[[str], int],
+        settle: Callable[[], None],
+        device_used: Callable[[], int | None],
+        told: Callable[[Released], None],
+    ) -> None:
+        self._room = room
+        self._settle = settle
+        self._device_used = device_used
+        self._told = told
+        self._residents: dict[Key, Resident] = {}
+        # accelerate patches torch.nn.Module for the whole process while it loads, so loads take turns.
+        self._lock = threading.RLock()
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Engine ids, most recently used first. Does not wait for a load in progress."""
+        residents = sorted(list(self._residents.values()), key=lambda r: -r.used)
+        return tuple(dict.fromkeys(r.key.engine for r in residents))
+
+    @property
+    def held(self) -> int:
+        """Bytes planned for all that is loaded."""
+        return sum(r.bytes for r in list(self._residents.values()))
+
+    @property
+    def leased(self) -> int:
+        """Bytes planned for what cannot be evicted now."""
+        return sum(r.bytes for r in list(self._residents.values()) if r.leases)
+
+    @contextmanager
+    def lease(self, key: Key, size: int, make: Callable[[], Engine]) -> Iterator[Resident]:
+        """Hold an engine for the length of a job; it is never evicted meanwhile.
+
+        Args:
+            size: bytes it is planned to take; others are evicted, least recently used first, until it fits.
+            make: loads it; called only if it is not loaded.
+        """
+        with self._lock:
+            resident = self._residents.get(key) or self._load(key, size, make)
+            resident.leases += 1
+        try:
+            yield resident
+        finally:
+            with self._lock:
+                resident.leases -= 1
+                resident.used = time.monotonic()
+
+    def _load(self, key: Key, size: int, make: Callable[[], Engine]) -> Resident:
+        self._evict_until_fits(key.placement.device, size)
+        before = self._device_used() or 0
+        started = time.perf_counter()
+        try:
+            engine = make()
+        except BaseException:
+            self._settle()
+            raise
+        seconds = time.perf_counter() - started
+        resident = Resident(key, engine, size, before, seconds)
+        resident.parameters = [weakref.ref(p) for m in engine.modules() for p in m.parameters()]
+        self._residents[key] = resident
+        return resident
+
+    def _evict_until_fits(self, device: str, size: int) -> None:
+        idle = sorted((r for r in self._residents.values() if not r.leases), key=lambda r: r.used)
+        for resident in idle:
+            # A second checkpoint or placement of one engine counts like any other resident.
+            if self.held + size <= self._room(device):
+                return
+            self.release(resident.key)
+
+    def release(self, key: Key) -> Released:
+        """Let one engine go and prove it: no parameter alive, device memory back where it was."""
+        with self._lock:
+            resident = self._residents.pop(key)
+            assert not resident.leases, f"{key.engine} is leased"
+            references, only = resident.parameters, not self._residents
+            resident.engine.close()
+            vars(resident.engine).clear()
+            before = resident.device_before
+            del resident
+            self._settle()
+            alive = sum(reference() is not None for reference in references)
+            used = self._device_used()
+            left = max(0, used - before) if used is not None and only else 0
+            released = Released(key.engine, alive, left, clean=not alive and left <= 2**20)
+        self._told(released)
+        return released
+
+    def release_all(self, engine: str = "") -> list[Released]:
+        """Let go of everything without a lease, or of one engine's loads."""
+        with self._lock:
+            keys = [k for k, r in self._residents.items() if not r.leases and engine in ("", k.engine)]
+            return [self.release(key) for key in keys]
