@@ -138,12 +138,13 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Make one thing, and its record beside it."""
-    from core.media import check_audio_suffix
+    from core.media import AUDIO_SUFFIXES
     from core.requests import SEED_MAX, Order, SpeechRequest
     from core.studio import Studio
 
     settings = _settings(memory_budget=memory_budget, accept_licences=accept_licence, inline=True)
-    check_audio_suffix(out)
+    if out.suffix.lower() not in AUDIO_SUFFIXES:
+        raise BadInput(f"--out is {out.name!r}; its name should end in {', '.join(AUDIO_SUFFIXES)}.")
     if not out.absolute().parent.is_dir():
         raise BadInput(f"There is no folder {str(out.absolute().parent)!r} to write {out.name!r} into.")
     if seed is not None and not 0 <= seed <= SEED_MAX:
@@ -194,13 +195,13 @@ def _key_value(text: str) -> tuple[str, str]:
 
 def _export(take: Any, out: Path) -> dict[str, Any]:
     """Write a take's medium and its record to where the command line asked."""
-    from core.media import convert_audio
+    from core.media import read_audio, write_audio
 
     medium = take.folder / take.media[0]["file"]
     if out.suffix.lower() == medium.suffix:
         shutil.copyfile(medium, out)
     else:
-        convert_audio(medium, out)
+        write_audio(out, read_audio(medium))
     record: dict[str, Any] = json.loads((take.folder / "record.json").read_text())
     out.with_name(out.name + ".json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     return record

@@ -15,7 +15,7 @@ from core.media import probe_audio
 
 SEED_MAX = 2**31 - 1
 _CUE = re.compile(r"\[[^\[\]\n]{1,40}\]")
-_MARKUP = re.compile(r"</?[A-Za-z][^<>\n]{0,200}>")
+TAG = re.compile(r"</?[A-Za-z][^<>\n]{0,200}>")
 
 
 class SpeechRequest(BaseModel):
@@ -93,7 +93,7 @@ def _check_text(card: Card, text: str) -> None:
             raise BadInput(
                 f"The text holds a control character (U+{ord(character):04X}) at position {place + 1}; remove it."
             )
-    if Ability.MARKUP not in card.abilities and (tag := _MARKUP.search(text)):
+    if Ability.MARKUP not in card.abilities and (tag := TAG.search(text)):
         raise BadInput(f"{card.name} would read the tag {tag[0]} aloud; remove it.")
     if Ability.CUES not in card.abilities and (tag := _CUE.search(text)):
         raise BadInput(f"{card.name} would read the cue {tag[0]} aloud; remove it.")

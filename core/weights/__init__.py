@@ -202,7 +202,10 @@ def _miniature(
     record = folder.with_name(folder.name + ".json")
 
     def build(empty: Path) -> None:
-        importlib.import_module(f"{package}.miniature").build(empty, checkpoint)
+        try:
+            importlib.import_module(f"{package}.miniature").build(empty, checkpoint)
+        except Exception as error:
+            raise WeightsError(f"The miniature of {card.name} could not be built: {error}") from error
         record.write_text(json.dumps(_sizes(empty)))
 
     def good() -> bool:

@@ -22,11 +22,14 @@ _GROWTH_LIMIT = 200  # unpacked over packed; weights hardly shrink, a zip bomb d
 
 def _place(checkpoint: Checkpoint) -> Path:
     """Where the archive of a checkpoint is unpacked: huggingface_hub's folder for files from elsewhere."""
-    from huggingface_hub import cached_assets_path
+    from huggingface_hub import cached_assets_path, constants
 
     url = httpx.URL(checkpoint.archive)
     stamp = hashlib.sha256(str(url).encode()).hexdigest()[:12]
-    return cached_assets_path("soundstage", "archives") / f"{PurePosixPath(url.path).stem}-{stamp}"
+    return (
+        cached_assets_path("soundstage", "archives", assets_dir=constants.HF_ASSETS_CACHE)
+        / f"{PurePosixPath(url.path).stem}-{stamp}"
+    )
 
 
 def cached(checkpoint: Checkpoint) -> Path | None:

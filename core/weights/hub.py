@@ -151,7 +151,7 @@ def download(checkpoint: Checkpoint, meter: Meter) -> Path:
     try:
         return _download(checkpoint, meter)
     except (WeightsError, httpx.TransportError, OSError, httpx.HTTPError) as error:
-        raise _explained(error, checkpoint.repository) from error
+        raise _explained(error, checkpoint.repository, begun=meter.done > 0) from error
 
 
 def _download(checkpoint: Checkpoint, meter: Meter) -> Path:
@@ -225,7 +225,7 @@ def _verify(file: Path, sha: str, name: str, meter: Meter) -> None:
         raise WeightsError(f"{name} arrived damaged and was thrown away; try again.")
 
 
-def _explained(error: Exception, repository: str) -> WeightsError:
+def _explained(error: Exception, repository: str, begun: bool) -> WeightsError:
     """The sentence for what huggingface_hub or the network raised."""
     from huggingface_hub import constants, errors
 
@@ -246,7 +246,13 @@ def _explained(error: Exception, repository: str) -> WeightsError:
             return WeightsError(f"The repository {repository} has no such revision.")
         case errors.RemoteEntryNotFoundError():
             return WeightsError(f"A file of the repository {repository} is gone from the hub.")
+        case errors.LocalEntryNotFoundError() if isinstance(error.__cause__, errors.FileMetadataError):
+            return WeightsError(f"{constants.ENDPOINT} does not answer about {repository} as a hub does.")
         case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled() | httpx.TransportError():
+            if begun:
+                return WeightsError(
+                    f"The connection to the hub was lost; what came of {repository} is kept for the next try."
+                )
             return Unreachable(f"The hub does not answer, so {repository} could not be downloaded.")
         case errors.HfHubHTTPError() if status in (401, 403):
             return WeightsError(

@@ -17,7 +17,6 @@ Report = Callable[[str, int, int], None]
 """`report(note, bytes done, bytes in all)`; it may raise to stop."""
 
 PERIOD = 0.2  # seconds between two reports
-PIECE = 1 << 18  # bytes between two looks at the stop sign
 TRIES = 4  # in a row that brought nothing
 PAUSE = 1.0  # seconds before the next try
 TIMEOUT = 10.0  # seconds without a byte; huggingface_hub's own default
@@ -55,7 +54,7 @@ class Meter:
 def watched(work: Callable[[Meter], T], report: Report) -> T:
     """Run `work` in a thread and `report` its meter several times a second, however slow the network is.
 
-    What `report` raises stops the work within a piece, or leaves it behind to time out alone.
+    What `report` raises stops the work at its next byte, or leaves it behind to time out alone.
     """
     meter = Meter()
     results: list[T] = []
@@ -156,7 +155,7 @@ def _append(
         if not meter.total and (length := answer.headers.get("Content-Length")):
             meter.total = int(length) + (there if resumed else 0)
         with partial.open("ab" if resumed else "wb") as out:
-            for piece in answer.iter_bytes(PIECE):
+            for piece in answer.iter_bytes():
                 out.write(piece)
                 meter.done = before + out.tell()
                 meter.check()

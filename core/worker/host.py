@@ -243,6 +243,8 @@ class Host:
             "repository": found.repository,
             "commit": found.commit,
             "bytes": found.bytes,
+            "also": found.also,
+            "note": found.note,
         }
         return Finished(tuple(media), measurements, origin, vars(where).copy(), _versions())
 

@@ -1,0 +1,203 @@
+"""The queue's promises, over any sequence of visitors, engines and stops."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from core.errors import BadInput
+from core.events import Failed, Finished, Step, Stopped
+from core.jobs import Job, Jobs, choose
+from core.requests import Order, SpeechRequest
+from core.worker.process import Pulse
+
+PATIENCE = 4
+
+
+def order(engine: str = "a") -> Order:
+    return Order(engine=engine, request=SpeechRequest(text="hello"), seed=0)
+
+
+class HandWorker:
+    """A worker whose jobs end when the test says so."""
+
+    def __init__(self) -> None:
+        self.state = "ready"
+        self.pulse: Pulse | None = None
+        self.job: str | None = None
+        self.engines: list[str] = []
+
+    def start(self, listener) -> None:
+        self.listener = listener
+
+    def run(self, job, order, folder, online) -> None:
+        assert self.job is None
+        self.job = job
+        self.engines.append(order.engine)
+
+    def stop(self, job) -> None:
+        if job == self.job:
+            self.end(Stopped())
+
+    def end(self, event=None) -> None:
+        job, self.job = self.job, None
+        self.pulse = Pulse("CPU", 0, 0, 0, 0, (self.engines[-1],), True)
+        self.listener(job, event or Failed("enough"))
+
+
+def queue(worker: HandWorker, keep=None, limit: int = 100, folder: Path = Path("/nonexistent")) -> Jobs:
+    return Jobs(
+        worker,
+        online=lambda order: False,
+        new_folder=lambda job: folder,
+        keep=keep or (lambda job, finished: pytest.fail("nothing was finished")),
+        patience=PATIENCE,
+        limit=limit,
+    )
+
+
+visits = st.lists(st.tuples(st.sampled_from("xyz"), st.sampled_from("abc")), min_size=1, max_size=40)
+
+
+@given(visits, st.data())
+@settings(max_examples=150, deadline=None)
+def test_every_job_ends_once_and_in_its_visitors_own_order(visits, data):
+    worker = HandWorker()
+    jobs = queue(worker)
+    left = list(visits)
+    ran: dict[str, list[str]] = {}
+    submitted: dict[str, list[str]] = {}
+    while left or worker.job:
+        if left and (worker.job is None or data.draw(st.booleans())):
+            visitor, engine = left.pop(0)
+            [job] = jobs.submit([order(engine)], visitor)
+            submitted.setdefault(visitor, []).append(job.id)
+        else:
+            running = next(j for v in "xyz" for j in jobs.of(v) if j.id == worker.job)
+            ran.setdefault(running.visitor, []).append(running.id)
+            worker.end()
+    assert ran == submitted
+    assert jobs.waiting == 0
+
+
+@given(visits)
+@settings(max_examples=150, deadline=None)
+def test_no_job_is_passed_over_more_often_than_the_patience(visits):
+    worker = HandWorker()
+    jobs = queue(worker)
+    all_jobs = [job for visitor, engine in visits for job in jobs.submit([order(engine)], visitor)]
+    while worker.job:
+        worker.end()
+    assert max(job.passed_over for job in all_jobs) <= PATIENCE
+
+
+@given(visits)
+@settings(max_examples=100, deadline=None)
+def test_a_visitor_with_one_job_waits_for_at_most_a_few_turns_whatever_others_queue(visits):
+    worker = HandWorker()
+    jobs = queue(worker)
+    for visitor, engine in visits:
+        jobs.submit([order(engine)], visitor)
+    [mine] = jobs.submit([order("c")], "newcomer")
+    turns = 0
+    while not mine.over:
+        worker.end()
+        turns += 1
+    # The running one, one of each other visitor, and the times it may be passed over for the loaded engine.
+    assert turns <= 1 + 3 + PATIENCE + 1
+
+
+def test_two_visitors_alternating_two_engines_switch_less_than_first_come_order():
+    worker = HandWorker()
+    jobs = queue(worker)
+    for turn in range(20):
+        jobs.submit([order("ab"[turn % 2])], "x")
+        jobs.submit([order("ba"[turn % 2])], "y")
+    while worker.job:
+        worker.end()
+    switches = sum(a != b for a, b in zip(worker.engines, worker.engines[1:], strict=False))
+    assert Counter(worker.engines) == {"a": 20, "b": 20}
+    assert switches <= 20
+
+
+def test_the_longest_waiting_visitor_goes_first_when_nothing_is_loaded():
+    heads = [Job("1", "x", order()), Job("2", "y", order())]
+    assert choose(heads, (), {"x": 3, "y": 2}, PATIENCE) == (heads[1], [])
+
+
+def test_a_stop_reaches_only_the_visitors_own_jobs():
+    worker = HandWorker()
+    jobs = queue(worker)
+    [theirs] = jobs.submit([order()], "x")
+    [mine, later] = jobs.submit([order(), order()], "y")
+    assert jobs.stop("y") == 2
+    assert (mine.state, later.state, theirs.state) == ("stopped", "stopped", "loading")
+    assert jobs.stop("y", theirs.id) == 0
+    with pytest.raises(BadInput):
+        jobs.get(theirs.id, "y")
+    assert jobs.get(theirs.id, "x") is theirs
+
+
+def test_stopping_the_running_job_starts_the_next():
+    worker = HandWorker()
+    jobs = queue(worker)
+    [first] = jobs.submit([order()], "x")
+    [second] = jobs.submit([order()], "y")
+    jobs.stop("x")
+    assert first.state == "stopped"
+    assert worker.job == second.id
+
+
+def test_too_many_waiting_jobs_are_refused_whole():
+    jobs = queue(HandWorker(), limit=2)
+    jobs.submit([order()], "x")  # runs at once
+    jobs.submit([order()], "x")
+    with pytest.raises(BadInput, match="1 of your jobs are waiting"):
+        jobs.submit([order(), order()], "x")
+    assert len(jobs.of("x")) == 2
+    jobs.submit([order()], "y")
+
+
+def test_watchers_hear_of_their_own_steps_and_of_every_change_of_the_queue():
+    worker = HandWorker()
+    jobs = queue(worker)
+    heard = Counter()
+    undo = jobs.listen("x", lambda: heard.update("x"))
+    jobs.listen("x", lambda: heard.update("X"))
+    jobs.listen("y", lambda: heard.update("y"))
+    [job] = jobs.submit([order()], "x")
+    assert heard == {"x": 1, "X": 1, "y": 1}
+    worker.listener(job.id, Step(1, 4, "mel", 3.0))
+    assert heard == {"x": 2, "X": 2, "y": 1}
+    assert (job.state, job.fraction, job.note, job.seconds_left) == ("running", 0.25, "mel", 3.0)
+    undo()
+    worker.end()
+    assert heard == {"x": 2, "X": 3, "y": 2}
+
+
+def test_a_take_that_cannot_be_kept_fails_its_job_only(tmp_path):
+    def keep(job, finished):
+        raise OSError("the disk is on fire")
+
+    worker = HandWorker()
+    folder = tmp_path / "partial"
+    folder.mkdir()
+    jobs = queue(worker, keep, folder=folder)
+    [job, later] = jobs.submit([order(), order()], "x")
+    worker.end(Finished((), {}, {}))
+    assert job.state == "failed" and "the disk is on fire" in job.reason
+    assert not folder.exists()
+    assert worker.job == later.id
+
+
+def test_old_ended_jobs_are_forgotten():
+    worker = HandWorker()
+    jobs = queue(worker)
+    for _ in range(60):
+        jobs.submit([order()], "x")
+        worker.end()
+    assert len(jobs.of("x")) == 40

@@ -1,0 +1,160 @@
+"""The studio as the page uses it, with a real worker process."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from core.card import Licence
+from core.errors import BadInput, LicenceNeeded, SoundstageError
+from core.requests import Order, SpeechRequest
+from core.studio import Studio
+
+
+def order(engine: str = "unruly", text: str = "hello", seed: int = 1, **more) -> Order:
+    given = {"weights": "miniature"} | more
+    return Order(engine=engine, request=SpeechRequest(text=text), seed=seed, **given)
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory):
+    from core.settings import Settings
+
+    folder = tmp_path_factory.mktemp("studio")
+    made = Studio(
+        Settings(
+            home=folder / "home",
+            cache=folder / "cache",
+            device="cpu",
+            threads=1,
+            engine_modules=("tests.unruly",),
+            cancel_grace=2.0,
+        )
+    )
+    yield made
+    made.close()
+
+
+def finish(studio: Studio, job):
+    studio.wait(job)
+    return job
+
+
+def test_a_job_becomes_a_take_with_what_it_cost(studio):
+    [job] = studio.submit([order(group="press")], "anna")
+    take = finish(studio, job).take
+    assert job.state == "done" and take is not None, job.reason
+    assert studio.list_takes("anna")[0] == take
+    assert (take.folder / "audio.wav").is_file() and (take.folder / "record.json").is_file()
+    assert take.group == "press" and take.order.seed == 1
+    assert take.weights["kind"] == "miniature"
+    assert {"load_seconds", "generate_seconds", "real_time_factor", "queue_seconds"} <= take.measurements.keys()
+    assert take.versions["torch"].startswith("2.")
+    assert "anna" not in (take.folder / "record.json").read_text()
+
+
+def test_a_take_made_again_is_bitwise_the_same(studio):
+    [job] = studio.submit([order(seed=77)], "anna")
+    first = finish(studio, job).take
+    second = finish(studio, studio.again(first.id, "anna")).take
+    assert second.id != first.id
+    assert second.media[0]["sha256"] == first.media[0]["sha256"]
+    [other] = studio.submit([order(seed=78)], "anna")
+    assert finish(studio, other).take.media[0]["sha256"] != first.media[0]["sha256"]
+
+
+def test_orders_are_queued_all_or_none(studio):
+    before = len(studio.jobs("bert"))
+    with pytest.raises(BadInput, match="There is no engine 'nobody'"):
+        studio.submit([order(), order("nobody")], "bert")
+    with pytest.raises(BadInput, match="choose at least one"):
+        studio.submit([], "bert")
+    assert len(studio.jobs("bert")) == before
+
+
+def test_another_visitor_sees_stops_and_repeats_nothing_of_mine(studio):
+    [job] = studio.submit([order(options={"steps": 100_000})], "anna")
+    assert studio.jobs("mallory") == [] and studio.list_takes("mallory") == []
+    assert studio.stop("mallory") == 0 and studio.stop("mallory", job.id) == 0
+    take = studio.list_takes("anna")[0]
+    for forbidden in (
+        lambda: studio.take(take.id, "mallory"),
+        lambda: studio.again(take.id, "mallory"),
+        lambda: studio.delete(take.id, "mallory"),
+        lambda: studio.export_zip([take.id], "mallory", Path("x.zip")),
+        lambda: studio.job_file(job.id, "mallory", "audio.wav"),
+    ):
+        with pytest.raises(SoundstageError):
+            forbidden()
+    assert not job.over
+    assert studio.stop("anna", job.id) == 1
+    assert finish(studio, job).state == "stopped"
+
+
+def test_a_job_that_failed_leaves_no_half_take(studio):
+    [job] = studio.submit([order(options={"behave": "fail"})], "cleo")
+    finish(studio, job)
+    assert job.state == "failed" and "wrong place" in job.reason
+    assert studio.list_takes("cleo") == []
+    assert job.folder is not None and not job.folder.exists()
+
+
+def test_a_crash_takes_one_job_and_nothing_else(studio):
+    jobs = studio.submit([order(options={"behave": b}) for b in ("well", "crash", "well")], "dora")
+    for job in jobs:
+        studio.wait(job)
+    assert [job.state for job in jobs] == ["done", "failed", "done"]
+    assert "crashed" in jobs[1].reason
+
+
+def test_the_licence_gate_opens_by_acceptance_only(studio, monkeypatch, tmp_path):
+    card = studio.catalog.card("unruly")
+    gated = card.model_copy(update={"weights_licence": Licence(name="CPML", commercial=False, must_accept=True)})
+    monkeypatch.setitem(studio.catalog._cards, "unruly", gated)
+    (tmp_path / "weights.bin").write_bytes(bytes(10))
+    real = order(weights=str(tmp_path))
+    with pytest.raises(LicenceNeeded, match="CPML") as refused:
+        studio.submit([real], "anna")
+    assert refused.value.engine == "unruly"
+    studio.check(order())  # a miniature is our own: no gate
+    studio.check(real.model_copy(update={"accepted": frozenset({"unruly"})}))
+    with pytest.raises(LicenceNeeded):
+        studio.check(real)
+    studio.licences.accept("unruly")
+    studio.check(real)
+
+
+def test_a_watcher_wakes_at_each_change_of_its_visitors_jobs(studio):
+    async def watch() -> list[str]:
+        states = []
+        changes = studio.changes("eve")
+        await anext(changes)
+        [job] = studio.submit([order()], "eve")
+        async for _ in changes:
+            states.append(job.state)
+            if job.over:
+                break
+        await changes.aclose()
+        return states
+
+    states = asyncio.run(asyncio.wait_for(watch(), 60))
+    assert states[-1] == "done"
+    assert "eve" not in studio._jobs._listeners
+
+
+def test_the_header_knows_device_memory_queue_and_what_is_loaded(studio):
+    [job] = studio.submit([order()], "anna")
+    finish(studio, job)
+    studio.unload("nothing")  # answered by a fresh pulse
+    status = studio.status()
+    assert status.device == "CPU" and status.worker in ("ready", "busy")
+    assert 0 < status.ram_used < status.ram_total
+    assert status.loaded == ("Unruly",)
+
+
+def test_the_secret_is_kept_and_private(studio):
+    secret = studio.secret()
+    assert len(secret) >= 32 and studio.secret() == secret
+    assert (studio.settings.home / "secret").stat().st_mode & 0o077 == 0

@@ -1,0 +1,53 @@
+"""Each kind of misbehaviour, done for real."""
+
+import ctypes
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from core.engines.base import Engine, Placement, Run
+from core.media import Audio
+
+LEAKED: list[Any] = []
+
+
+class Unruly(Engine):
+    def load(self, weights: Path | None, placement: Placement) -> None:
+        self.layer = torch.nn.Linear(8, 8)
+
+    def generate(self, request: Any, options: Any, run: Run) -> Audio:
+        match options.behave:
+            case "crash":
+                ctypes.string_at(0)
+            case "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "exit":
+                os._exit(3)
+            case "frozen":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "hang":
+                threading.Event().wait()
+            case "deaf":
+                while True:  # works on without ever asking whether to stop
+                    time.sleep(0.01)
+            case "memory":
+                raise torch.OutOfMemoryError("tried to allocate 999 GiB")
+            case "fail":
+                raise RuntimeError("a tensor was in the wrong place\nand more lines")
+            case "leak":
+                LEAKED.append(self.layer)
+        for done in range(options.steps):
+            run.step(done + 1, options.steps, "working")
+            if options.steps > 100:
+                time.sleep(0.001)
+        tone = np.sin(np.arange(16000) * (run.seed % 100 + 1) / 50)
+        return Audio((0.5 * tone).astype(np.float32), 16000)
+
+
+ENGINE = Unruly

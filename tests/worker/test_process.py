@@ -1,0 +1,228 @@
+"""A real worker process, and everything that can befall it."""
+
+from __future__ import annotations
+
+import os
+import queue
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from core.events import Failed, Finished, Loading, Step, Stopped
+from core.requests import Order, SpeechRequest
+from core.settings import Settings
+from core.worker.process import WorkerProcess
+
+PATIENCE = 60  # seconds to wait for an event; importing torch on a busy machine takes a while
+
+
+class Bench:
+    """One worker process, with its events at hand."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self.settings = settings
+        self.folder = folder
+        self.worker = WorkerProcess(settings)
+        self.events: queue.Queue = queue.Queue()
+        self.worker.start(lambda job, event: self.events.put((job, event)))
+
+    def begin(self, behave: str = "well", job: str = "job", steps: int = 3, seed: int = 1) -> None:
+        folder = self.folder / job
+        folder.mkdir(parents=True, exist_ok=True)
+        order = Order(
+            engine="unruly",
+            request=SpeechRequest(text="hello"),
+            options={"behave": behave, "steps": steps},
+            seed=seed,
+            weights="miniature",
+        )
+        self.worker.run(job, order, folder, online=False)
+
+    def until(self, *kinds: type, job: str = "job"):
+        while True:
+            name, event = self.events.get(timeout=PATIENCE)
+            if name == job and isinstance(event, kinds):
+                return event
+
+    def end(self, job: str = "job"):
+        return self.until(Finished, Failed, Stopped, job=job)
+
+    def works(self) -> bool:
+        self.begin(job="after")
+        return isinstance(self.end("after"), Finished)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("worker")
+    settings = Settings(
+        home=folder / "home",
+        cache=folder / "cache",
+        device="cpu",
+        threads=1,
+        engine_modules=("tests.unruly",),
+        cancel_grace=1.0,
+        silence_limit=5.0,
+        heartbeat_limit=20.0,
+    )
+    made = Bench(settings, folder)
+    yield made
+    made.worker.close()
+
+
+def test_a_job_finishes_with_files_and_measurements(bench):
+    bench.begin()
+    finished = bench.end()
+    assert isinstance(finished, Finished), finished
+    assert {m["file"] for m in finished.media} == {"audio.wav"}
+    assert (bench.folder / "job" / "audio.wav").stat().st_size > 30_000
+    cost = finished.measurements
+    assert cost["generate_seconds"] >= 0 and cost["audio_seconds"] == 1.0
+    assert cost["ram_peak_bytes"] >= cost["ram_before_bytes"] > 0
+    assert finished.weights["kind"] == "miniature"
+    assert finished.placement == {"device": "cpu", "dtype": "float32", "strategy": "resident"}
+
+
+def test_torch_is_in_the_worker_and_not_here(bench):
+    code = "import sys, core.worker.process; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("behave", "says"),
+    [
+        ("crash", "crashed (SIGSEGV)"),
+        ("killed", "most likely because the machine ran out of memory"),
+        ("exit", "ended by itself (exit code 3)"),
+    ],
+)
+def test_a_process_that_dies_ends_its_job_with_the_reason_and_is_replaced(bench, behave, says):
+    before = bench.worker.restarts
+    bench.begin(behave)
+    failed = bench.end()
+    assert isinstance(failed, Failed) and says in failed.reason
+    assert bench.works()
+    assert bench.worker.restarts == before + 1
+
+
+def test_a_crash_keeps_the_stack_for_the_details(bench):
+    bench.begin("crash")
+    assert "string_at" in bench.end().detail
+
+
+def test_a_hang_is_ended_after_the_silence_limit(bench):
+    bench.begin("hang")
+    failed = bench.end()
+    assert isinstance(failed, Failed) and "no step for 5 s" in failed.reason
+    assert bench.works()
+
+
+def test_an_ignored_stop_ends_the_process_after_the_grace(bench):
+    bench.begin("deaf")
+    bench.until(Loading)
+    bench.worker.stop("job")
+    stopped = bench.end()
+    assert isinstance(stopped, Stopped) and "did not stop within 1 s" in stopped.reason
+    assert bench.works()
+
+
+def test_a_heeded_stop_keeps_the_process(bench):
+    before = bench.worker.restarts
+    bench.begin(steps=100_000)
+    bench.until(Step)
+    bench.worker.stop("job")
+    assert bench.end() == Stopped()
+    assert bench.works()
+    assert bench.worker.restarts == before
+
+
+def test_a_failure_and_too_little_memory_are_told_in_a_sentence_each(bench):
+    before = bench.worker.restarts
+    bench.begin("fail")
+    failed = bench.end()
+    assert failed.reason == "Unruly failed: a tensor was in the wrong place"
+    assert "RuntimeError" in failed.detail
+    bench.begin("memory")
+    assert "ran out of memory" in bench.end().reason
+    assert bench.works()
+    assert bench.worker.restarts == before
+
+
+def test_a_release_that_leaves_something_behind_is_mended_by_a_new_process(bench):
+    before = bench.worker.restarts
+    bench.begin("leak")
+    assert isinstance(bench.end(), Finished)
+    bench.worker.unload()
+    assert bench.works()
+    assert bench.works()
+    assert bench.worker.restarts == before + 1
+
+
+def test_a_kill_from_outside_in_the_middle_of_a_job_leaves_the_next_one_well(bench):
+    bench.begin(steps=100_000)
+    bench.until(Step)
+    os.kill(bench.worker.pid, signal.SIGKILL)
+    assert "was killed" in bench.end().reason
+    assert bench.works()
+
+
+def test_a_job_given_to_a_process_that_just_died_is_given_to_the_next(bench):
+    assert bench.works()
+    pid = bench.worker.pid
+    os.kill(pid, signal.SIGKILL)
+    bench.begin()
+    assert isinstance(bench.end(), Finished)
+    assert bench.worker.pid != pid
+
+
+def test_same_seed_gives_the_same_file_and_another_seed_another(bench):
+    sums = []
+    for job, seed in (("one", 5), ("two", 5), ("three", 6)):
+        bench.begin(job=job, seed=seed)
+        sums.append(bench.end(job).media[0]["sha256"])
+    assert sums[0] == sums[1] != sums[2]
+
+
+def test_a_process_without_a_sign_of_life_is_replaced(settings, tmp_path):
+    settings = settings.model_copy(update={"heartbeat_limit": 12.0, "silence_limit": 600.0})
+    bench = Bench(settings, tmp_path)
+    try:
+        assert bench.works()
+        bench.begin("frozen")
+        failed = bench.end()
+        assert isinstance(failed, Failed) and "no sign of life for 12 s" in failed.reason
+        assert bench.works()
+    finally:
+        bench.worker.close()
+
+
+def test_the_worker_ends_with_its_page(settings, tmp_path):
+    code = textwrap.dedent(
+        """
+        import os, sys
+        from core.settings import Settings
+        from core.worker.process import WorkerProcess
+        if __name__ == "__main__":
+            worker = WorkerProcess(Settings(device="cpu"))
+            worker.start(lambda job, event: None)
+            print(worker.pid, flush=True)
+            sys.stdin.read()
+            os._exit(1)
+        """
+    )
+    script = tmp_path / "page.py"
+    script.write_text(code)
+    environment = {**os.environ, "SOUNDSTAGE_HOME": str(tmp_path), "PYTHONPATH": str(Path.cwd())}
+    page = subprocess.Popen(
+        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    pid = int(page.stdout.readline())
+    pidfd = os.pidfd_open(pid)
+    page.communicate("")
+    ended, _, _ = select.select([pidfd], [], [], PATIENCE)  # readable once the process has ended
+    assert ended
