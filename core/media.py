@@ -23,6 +23,7 @@ from core.errors import BadInput, DiskFull, SoundstageError
 _SNDFILE_MAGIC = (b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS", b"FORM")
 # Named, because FFmpeg also has playlist formats, by which an upload could open other files of this machine.
 _CONTAINERS = "mov,mp4,m4a,3gp,matroska,webm,mp3,aac,ogg,wav,w64,flac,aiff,caf,amr,asf,avi,mpegts"
+AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".m4a", ".mp4", ".aac", ".ogg", ".opus", ".webm"})
 _RATES = (1_000, 768_000)
 _SILENCE = 10 ** (-80 / 20)  # a peak under -80 dBFS: what a muted microphone gives
 _FORMATS = {
@@ -135,6 +136,11 @@ def write_audio(file: Path, audio: Audio, tags: Mapping[str, str] | None = None)
     write_whole(file, encoded.getvalue())
 
 
+def convert_audio(source: Path, target: Path) -> None:
+    """Write `source` again in the format of `target`'s suffix; raises what reading and writing raise."""
+    write_audio(target, Audio(*_decode(source, None)))
+
+
 def write_whole(file: Path, data: bytes) -> None:
     """Write a file so that it is there whole or not at all.
 
@@ -201,16 +207,21 @@ def at_loudness(audio: Audio, target: float = -20.0, ceiling: float = -1.0) -> A
     return Audio((audio.samples * gain).astype(np.float32), audio.rate)
 
 
-def peaks(audio: Audio, columns: int) -> npt.NDArray[np.float32]:
-    """Lowest and highest sample of each of `columns` equal stretches, over all channels: (columns, 2)."""
+def peaks(audio: Audio, columns: int) -> list[list[float]]:
+    """Lowest and highest sample of each of `columns` equal stretches, over all channels, for drawing.
+
+    Returns:
+        (columns, 2) as plain lists, which JSON takes, to three decimals.
+    """
     channels = np.atleast_2d(audio.samples)
     frames = channels.shape[1]
     if not frames:
-        return np.zeros((columns, 2), np.float32)
+        return [[0.0, 0.0]] * columns
     starts = np.arange(columns) * frames // columns
     low = np.minimum.reduceat(channels.min(axis=0), starts)
     high = np.maximum.reduceat(channels.max(axis=0), starts)
-    return np.stack([low, high], axis=1).astype(np.float32)
+    drawn: list[list[float]] = np.stack([low, high], axis=1).astype(float).round(3).tolist()
+    return drawn
 
 
 def _decode(file: Path, limit_seconds: float | None) -> tuple[npt.NDArray[np.float32], int]:

@@ -12,7 +12,16 @@ import pytest
 import soundfile
 
 from core.errors import BadInput, SoundstageError
-from core.media import Audio, at_loudness, loudness, peaks, probe_audio, read_audio, write_audio
+from core.media import (
+    Audio,
+    at_loudness,
+    convert_audio,
+    loudness,
+    peaks,
+    probe_audio,
+    read_audio,
+    write_audio,
+)
 
 
 def tone(seconds: float = 1.0, rate: int = 24000, frequency: float = 440.0, level: float = 0.3) -> Audio:
@@ -320,10 +329,13 @@ def test_peaks_hold_the_lowest_and_highest_of_each_stretch() -> None:
     samples = np.zeros(1000, np.float32)
     samples[5], samples[995] = 0.75, -0.5
     drawn = peaks(Audio(samples, 1000), 10)
-    assert drawn.shape == (10, 2)
-    assert drawn[0].tolist() == [0, 0.75]
-    assert drawn[9].tolist() == [-0.5, 0]
-    assert not drawn[1:9].any()
-    assert peaks(Audio(np.stack([samples, -samples]), 1000), 10)[0].tolist() == [-0.75, 0.75]
-    assert peaks(Audio(samples[:3], 1000), 10).shape == (10, 2)
-    assert peaks(Audio(samples[:0], 1000), 10).shape == (10, 2)
+    assert drawn == [[0, 0.75], *[[0, 0]] * 8, [-0.5, 0]]
+    assert peaks(Audio(np.stack([samples, -samples]), 1000), 10)[0] == [-0.75, 0.75]
+    assert len(peaks(Audio(samples[:3], 1000), 10)) == 10
+    assert peaks(Audio(samples[:0], 1000), 10) == [[0, 0]] * 10
+
+
+def test_a_file_is_converted_by_suffix(tmp_path: Path) -> None:
+    write_audio(tmp_path / "a.wav", tone())
+    convert_audio(tmp_path / "a.wav", tmp_path / "a.flac")
+    assert np.array_equal(read_audio(tmp_path / "a.flac").samples, read_audio(tmp_path / "a.wav").samples)
