@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import wave
 from pathlib import Path
 from typing import Any, get_args
 
@@ -183,6 +184,16 @@ def test_markup_is_followed_when_asked(engine: Engine) -> None:
     assert run.steps[-1][:2] == (1, 1)
 
 
+def test_markup_reads_no_file_even_past_the_check(engine: Engine, tmp_path: Path) -> None:
+    file = tmp_path / "secret.wav"
+    with wave.open(str(file), "wb") as secret:
+        secret.setnchannels(1)
+        secret.setsampwidth(2)
+        secret.setframerate(22050)
+        secret.writeframes(b"\x00\x20" * 22050 * 3)
+    assert say(engine, f"Hello <audio src='{file}'/> there", markup=True).seconds < 2
+
+
 def test_several_engines_live_side_by_side() -> None:
     one, other = load("espeak", None), load("espeak", None)
     first = say(one, SENTENCE)
@@ -225,6 +236,9 @@ def test_refusals_name_what_is_wrong_and_what_would_be_right() -> None:
     assert "the tag <b> aloud unless the option markup is on" in refusal("<b>Hello</b>")
     assert "broken at line 1" in refusal("Hello <break", markup=True)
     assert "&amp;" in refusal("Tom & Jerry", markup=True)
+    assert "the tag <audio> here" in refusal("<audio src='/tmp/a.wav'/> Hello", markup=True)
+    assert "may not name files" in refusal("<voice name='../../x'>Hello</voice>", markup=True)
+    assert "Comments" in refusal("Hello <!-- <audio src='a'/> -->", markup=True)
     assert "no words" in refusal("<break time='1s'/>", markup=True)
     assert "the character 日" in refusal("こんにちは、日本", "ja") and "kana" in refusal("日本", "ja")
     assert "would read the cue [laughs]" in refusal("[laughs] Hello")

@@ -23,6 +23,8 @@ LANGUAGES = (
     "qya", "shn", "sjn", "smj",
 )  # fmt: skip
 
+# <audio> is left out: it would play any sound file of this machine.
+_TAGS = ("speak", "p", "s", "break", "prosody", "emphasis", "say-as", "sub", "voice")
 _HAN = re.compile(r"[\u3005\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 
 
@@ -67,6 +69,8 @@ def check(request: SpeechRequest, options: EspeakOptions, weights: Path | None) 
 
 
 def _check_ssml(text: str) -> None:
+    if "<!" in text or "<?" in text:
+        raise BadInput("Comments, CDATA and declarations are not followed; leave only text and SSML tags.")
     try:
         root = ElementTree.fromstring(ssml(text))
     except ElementTree.ParseError as error:
@@ -75,13 +79,20 @@ def _check_ssml(text: str) -> None:
             f"The SSML is broken at line {line}, column {column}: "
             "close every tag, and write &lt; and &amp; for < and &."
         ) from None
+    for element in root.iter():
+        tag = element.tag.rpartition("}")[2]
+        if tag not in _TAGS:
+            raise BadInput(f"eSpeak NG does not follow the tag <{tag}> here; it follows: {', '.join(_TAGS)}.")
+        # The library would take a voice's name for a file's path.
+        if any(sign in value for value in element.attrib.values() for sign in "/\\"):
+            raise BadInput(f"An attribute of the tag <{tag}> holds a slash; the tags may not name files.")
     if not "".join(root.itertext()).strip():
         raise BadInput("The SSML holds no words to speak; add some between the tags.")
 
 
 def ssml(text: str) -> str:
     """`text` as one SSML document."""
-    return text if text.lstrip().startswith(("<speak", "<?xml")) else f"<speak>{text}</speak>"
+    return text if text.lstrip().startswith("<speak") else f"<speak>{text}</speak>"
 
 
 CARD = Card(

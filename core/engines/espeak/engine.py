@@ -36,6 +36,8 @@ _CHARS_UTF8, _SSML = 0x1, 0x10
 _RATE, _PITCH, _RANGE, _WORDGAP = 1, 3, 4, 7
 
 _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+_UriCallback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p)
+_NO_FILES = _UriCallback(lambda kind, uri, base: 1)  # 1: do not play the file of an <audio> tag
 _LOCK = threading.Lock()  # two threads must not map and unmap one file at once
 
 # Where the voice is not called like the language.
@@ -75,6 +77,7 @@ class _Speaker:
         self._stopped_by: BaseException | None = None
         self._callback = _Callback(self._receive)  # kept: the library holds only its address
         library.espeak_SetSynthCallback(self._callback)
+        library.espeak_SetUriCallback(_NO_FILES)
 
     def set_up(self, language: str, options: EspeakOptions) -> None:
         voice = _VOICES.get(language, language) if options.accent == "standard" else options.accent
