@@ -13,11 +13,11 @@ from core.weights import Plan
 from demos import figures
 from demos.views import render
 
-# A press on anything with data-act becomes one "act" event with what to do and to which id.
+# A press on anything with data-act becomes one select event with what to do and to which id.
 _ACTS = """
 element.addEventListener('click', (event) => {
   const deed = event.target.closest('[data-act]');
-  if (deed && !deed.disabled) trigger('act', { act: deed.dataset.act, id: deed.dataset.id });
+  if (deed && !deed.disabled) trigger('select', { act: deed.dataset.act, id: deed.dataset.id });
 });
 """
 _CHOICE = """
@@ -143,7 +143,7 @@ def option_values(controls: Mapping[str, gr.components.Component], values: Mappi
 def act_on(panes: Sequence[gr.HTML], deed: Callable[..., Any], inputs: Any, outputs: Any) -> gr.events.Dependency:
     """Run `deed(event, ...)` for every press on a `data-act` element of `panes`."""
     return gr.on(
-        [p.act for p in panes],
+        [p.select for p in panes],
         deed,
         inputs,
         outputs,

@@ -32,9 +32,10 @@ def build(studio: Studio) -> gr.Blocks:
         tab = SpeechTab(studio, visitor)
         timer = gr.Timer(TICK_SECONDS)
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        known = page.load(lambda token: token or secrets.token_urlsafe(24), visitor, visitor, **quiet)
+        known = gr.State(False)
+        page.load(lambda token: (token or secrets.token_urlsafe(24), True), visitor, [visitor, known], **quiet)
         timer.tick(lambda: _status(studio), None, chips, queue=False, **quiet)
-        tab.wire(known.then, timer.tick)
+        tab.wire(known.change, timer.tick)
         add_endpoints(studio)
     return page
 
@@ -44,8 +45,8 @@ def launch_options(studio: Studio) -> dict[str, Any]:
     takes = studio.takes.folder
     return {
         "theme": theme(),
-        "css": asset("style.css"),
-        "head": f"<script>{asset('page.js')}</script>",
+        # Not as `css`: Gradio's prefixing takes selectors apart at the commas inside :is() and :has().
+        "head": f"<style>{asset('style.css')}</style>\n<script>{asset('page.js')}</script>",
         "allowed_paths": [str(takes / "kept"), str(takes / "partial"), str(ASSETS)],
         "favicon_path": str(ASSETS / "logo.svg"),
         "footer_links": [],

@@ -47,6 +47,7 @@ class SpeechTab:
         self.examples: dict[str, list[str]] = json.loads(asset("examples.json"))
         self.voices: list[dict[str, str]] = json.loads(asset("voices/voices.json"))
         self.sent = gr.State({})  # what this page shows by now, so that only changes travel
+        self.nudge = gr.State(0)  # a new number starts the watch
         self._build()
 
     # What stands where
@@ -66,7 +67,7 @@ class SpeechTab:
         )
         self.accepted = gr.BrowserState([], storage_key="soundstage-accepted", secret=self.studio.secret())
         with gr.Row(elem_classes="action-bar"):
-            self.speak = gr.Button("Speak", variant="primary", elem_classes="go", elem_id="speak", scale=0, min_width=150)
+            self.speak = gr.Button("Speak", variant="primary", interactive=False, elem_classes="go", elem_id="speak", scale=0, min_width=150)
             self.stop = gr.Button("Stop", elem_id="stop", scale=0, min_width=90)
             self.seed = gr.Number(
                 _new_seed(), label="Seed for all", precision=0, minimum=0, maximum=SEED_MAX, min_width=130, scale=0
@@ -138,11 +139,12 @@ class SpeechTab:
             tick: an event every few seconds.
         """
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        ready(lambda: gr.Button(interactive=True), None, self.speak, **quiet)
         self.text.change(None, [self.text, self.picker], self.count, js=self._counting())
         self.picker.change(None, [self.text, self.picker], self.count, js=self._counting())
         self.language.change(self._chips, self.language, self.chips, **quiet)
-        self.chips.pick(self._take_example, self.language, self.text, **quiet)
-        self.voice_chips.pick(self._take_voice, None, [self.voice, self.voice_text], **quiet)
+        self.chips.select(self._take_example, self.language, self.text, **quiet)
+        self.voice_chips.select(self._take_voice, None, [self.voice, self.voice_text], **quiet)
         self.voice.change(lambda voice: gr.Checkbox(visible=bool(voice), value=False), self.voice, self.consent, **quiet)
         self.licences.change(lambda chosen: chosen, self.licences, self.accepted, **quiet)
         gr.on(
@@ -157,11 +159,11 @@ class SpeechTab:
             self.visitor, self.text, self.language, self.picker, self.voice, self.voice_text, self.consent,
             self.seed, self.random, self.licences, *(c for o in self.options.values() for c in o.values()),
         }  # fmt: skip
-        asked = self.speak.click(self._speak, form, [self.alert, self.seed], **quiet)
-        stopped = self.stop.click(self._stop, self.visitor, None, **quiet)
-        deed = act_on([*self.tracks, self.earlier], self._act, self.visitor, self.alert)
+        self.speak.click(self._speak, form, [self.alert, self.seed, self.nudge], **quiet)
+        self.stop.click(self._stop, self.visitor, self.nudge, **quiet)
+        act_on([*self.tracks, self.earlier], self._act, self.visitor, [self.alert, self.nudge])
         gr.on(
-            [ready, tick, asked.then, stopped.then, deed.then],
+            [ready, tick, self.nudge.change],
             self._watch,
             [self.visitor, self.sent],
             [*self.tracks, self.comparison, self.exports, self.earlier, self.status],
@@ -235,7 +237,7 @@ class SpeechTab:
 
     # Press and watch
 
-    def _speak(self, form: Form) -> tuple[str, Any]:
+    def _speak(self, form: Form) -> tuple[str, Any, Any]:
         seed = _new_seed() if form[self.random] or form[self.seed] is None else int(form[self.seed])
         orders = self._orders(form, seed)
         faults = [fault for order in orders if (fault := self._fault(order))]
@@ -245,8 +247,8 @@ class SpeechTab:
         except SoundstageError as error:
             faults = [str(error)]
         if faults:
-            return render("alert", faults=list(dict.fromkeys(faults))), gr.skip()
-        return "", seed
+            return render("alert", faults=list(dict.fromkeys(faults))), gr.skip(), gr.skip()
+        return "", seed, _nudge()
 
     def _orders(self, form: Form, seed: int) -> list[Order]:
         voice = form[self.voice]
@@ -279,10 +281,11 @@ class SpeechTab:
             return str(error)
         return ""
 
-    def _stop(self, visitor: str) -> None:
+    def _stop(self, visitor: str) -> int:
         self.studio.stop(visitor)
+        return _nudge()
 
-    def _act(self, visitor: str, event: gr.EventData) -> str:
+    def _act(self, visitor: str, event: gr.EventData) -> tuple[str, int]:
         try:
             match event.act:
                 case "stop":
@@ -292,8 +295,8 @@ class SpeechTab:
                 case "delete":
                     self.studio.delete(event.id, visitor)
         except SoundstageError as error:
-            return render("alert", faults=[str(error)])
-        return ""
+            return render("alert", faults=[str(error)]), _nudge()
+        return "", _nudge()
 
     async def _watch(self, visitor: str | None, sent: dict[str, Any]) -> AsyncIterator[list[Any]]:
         """Show this browser's jobs and takes for as long as one of its jobs runs; only changes travel."""
@@ -377,9 +380,13 @@ class SpeechTab:
 _PICKS = """
 element.addEventListener('click', (event) => {
   const chip = event.target.closest('[data-pick]');
-  if (chip) trigger('pick', { id: chip.dataset.pick });
+  if (chip) trigger('select', { id: chip.dataset.pick });
 });
 """
+
+
+def _nudge() -> int:
+    return secrets.randbits(40)
 
 
 def _new_seed() -> int:
