@@ -36,7 +36,8 @@ class WeightsChoice(StrEnum):
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Accept = Annotated[
-    str, typer.Option("--accept-licence", metavar="ENGINES", help="Accept the licence of these engines' weights.")
+    str,
+    typer.Option("--accept-licence", metavar="ENGINES", help="Accept the licence of these engines' weights."),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
 
@@ -55,9 +56,13 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "",
     port: Annotated[int | None, typer.Option(help="Port; the first free one from 7860 unless given.")] = None,
     share: Annotated[bool, typer.Option("--share", help="Also open a public gradio link.")] = False,
-    auth: Annotated[str, typer.Option(metavar="USER:PASS", help="Ask visitors for this name and password.")] = "",
+    auth: Annotated[
+        str, typer.Option(metavar="USER:PASS", help="Ask visitors for this name and password.")
+    ] = "",
     weights: Annotated[WeightsChoice, typer.Option(help="Which weights to use.")] = WeightsChoice.AUTO,
-    memory_budget: Annotated[str, typer.Option(metavar="BYTES", help="Plan as if memory were this big: 2GiB.")] = "",
+    memory_budget: Annotated[
+        str, typer.Option(metavar="BYTES", help="Plan as if memory were this big: 2GiB.")
+    ] = "",
     tabs: Annotated[str, typer.Option(metavar="NAMES", help="Only these tabs: speech,...")] = "",
     accept_licence: Accept = "",
     debug: Debug = False,
@@ -90,13 +95,20 @@ def serve(
 
 
 @cli.command()
-def engines(as_json: Json = False, debug: Debug = False) -> None:
+def engines(
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False,
+    debug: Debug = False,
+) -> None:
     """List the engines: what they are, what they can do, and their licences."""
-    from core.catalog import Catalog
+    from core.catalog import Catalog, as_markdown
 
     cards = Catalog(_settings().engine_modules).cards()
     if as_json:
         _print_json([_card_facts(card) for card in cards])
+        return
+    if markdown:
+        print(as_markdown(cards))
         return
     _table(
         ("engine", "name", "kind", "weights licence", "can"),
@@ -123,28 +135,35 @@ def _card_facts(card: Any) -> dict[str, Any]:
 def generate(
     engine: Annotated[str, typer.Argument(help="Which engine; `engines` lists them.")],
     text: Annotated[str, typer.Option(help="What to speak.")],
-    out: Annotated[Path, typer.Option(help="File to write: wav, flac or mp3; FILE.json beside it is the record.")],
+    out: Annotated[
+        Path, typer.Option(help="File to write: wav, flac or mp3; FILE.json beside it is the record.")
+    ],
     language: Annotated[str, typer.Option(help="Language of the text, ISO 639.")] = "en",
     voice: Annotated[
-        Path | None, typer.Option(help="Reference recording to clone; giving one says that you may use this voice.")
+        Path | None,
+        typer.Option(help="Reference recording to clone; giving one says that you may use this voice."),
     ] = None,
     voice_text: Annotated[str, typer.Option(help="What is said in the reference.")] = "",
-    option: Annotated[list[str] | None, typer.Option("-o", metavar="KEY=VALUE", help="An engine's option.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("-o", metavar="KEY=VALUE", help="An engine's option.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed; drawn at random unless given.")] = None,
     weights: Annotated[str, typer.Option(help="auto, hub, miniature, or a checkpoint folder.")] = "auto",
-    memory_budget: Annotated[str, typer.Option(metavar="BYTES", help="Plan as if memory were this big: 2GiB.")] = "",
+    memory_budget: Annotated[
+        str, typer.Option(metavar="BYTES", help="Plan as if memory were this big: 2GiB.")
+    ] = "",
     accept_licence: Accept = "",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Make one thing, and its record beside it."""
-    from core.media import AUDIO_SUFFIXES
+    from core.media import WRITTEN_SUFFIXES
     from core.requests import SEED_MAX, Order, SpeechRequest
     from core.studio import Studio
 
     settings = _settings(memory_budget=memory_budget, accept_licences=accept_licence, inline=True)
-    if out.suffix.lower() not in AUDIO_SUFFIXES:
-        raise BadInput(f"--out is {out.name!r}; its name should end in {', '.join(AUDIO_SUFFIXES)}.")
+    if out.suffix.lower() not in WRITTEN_SUFFIXES:
+        raise BadInput(f"--out is {out.name!r}; its name should end in {', '.join(WRITTEN_SUFFIXES)}.")
     if not out.absolute().parent.is_dir():
         raise BadInput(f"There is no folder {str(out.absolute().parent)!r} to write {out.name!r} into.")
     if seed is not None and not 0 <= seed <= SEED_MAX:

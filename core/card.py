@@ -130,5 +130,5 @@ def knob(default: Any, description: str, **bounds: Any) -> Any:
 
     `step=` and `suggestions=` go to the page's control.
     """
-    extra = {k: bounds.pop(k) for k in ("step", "suggestions") if k in bounds}
+    extra: dict[str, Any] = {k: bounds.pop(k) for k in ("step", "suggestions") if k in bounds}
     return Field(default, description=description, json_schema_extra=extra or None, **bounds)

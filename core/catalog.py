@@ -55,3 +55,27 @@ class Catalog:
         """The package an engine lives in; `<package>.engine` and `<package>.miniature` are for the worker."""
         self.card(engine)
         return self._packages[engine]
+
+
+def as_markdown(cards: list[Card]) -> str:
+    """The README's table of engines."""
+    head = ("engine", "what it is", "paradigm", "languages", "can", "code", "weights", "parameters")
+    rows = [
+        (
+            f"**{card.name}** `{card.id}`",
+            card.summary,
+            card.paradigm or "",
+            _few(card.languages),
+            ", ".join(sorted(card.abilities)) or "–",
+            card.code_licence.name,
+            card.weights_licence.name if card.weights_licence else "needs none",
+            f"{card.parameters / 1e6:.0f} M" if card.parameters else "–",
+        )
+        for card in cards
+    ]
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _few(languages: tuple[str, ...]) -> str:
+    return ", ".join(languages) if 0 < len(languages) <= 8 else f"{len(languages)} languages"

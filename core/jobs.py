@@ -129,7 +129,7 @@ class Jobs:
         self._running: Job | None = None
         self._turns: dict[str, int] = {}
         self._turn = itertools.count()
-        self._listeners: dict[str, list[Callable[[], None]]] = defaultdict(list)
+        self._listeners: dict[str, list[Callable[[], object]]] = defaultdict(list)
         worker.start(self._hear)
 
     def submit(self, orders: Sequence[Order], visitor: str) -> list[Job]:
@@ -184,8 +184,12 @@ class Jobs:
     def waiting(self) -> int:
         return len(self._waiting)
 
-    def listen(self, visitor: str, callback: Callable[[], None]) -> Callable[[], None]:
-        """Call `callback`, from any thread, whenever a job of this visitor may look different; returns the undo."""
+    def listen(self, visitor: str, callback: Callable[[], object]) -> Callable[[], None]:
+        """Call `callback`, from any thread, whenever a job of this visitor may look different.
+
+        Returns:
+            A function that ends it.
+        """
         with self._lock:
             self._listeners[visitor].append(callback)
 
@@ -256,7 +260,9 @@ class Jobs:
     def _end(self, job: Job, event: Done | Failed | Stopped) -> None:
         job.event = event
         job.ended = time.time()
-        job.state = "done" if isinstance(event, Done) else "failed" if isinstance(event, Failed) else "stopped"
+        job.state = (
+            "done" if isinstance(event, Done) else "failed" if isinstance(event, Failed) else "stopped"
+        )
         if isinstance(event, Failed | Stopped):
             job.reason = event.reason
             job.detail = event.detail if isinstance(event, Failed) else ""

@@ -31,7 +31,7 @@ _FORMATS = {
     ".flac": {"format": "FLAC", "subtype": "PCM_16"},
     ".mp3": {"format": "MP3", "subtype": "MPEG_LAYER_III"},
 }
-AUDIO_SUFFIXES = tuple(_FORMATS)  # what `write_audio` writes
+WRITTEN_SUFFIXES = tuple(_FORMATS)  # what `write_audio` writes
 _MP3_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
 _BLOCK_SECONDS = 0.4  # one gating block of ITU-R BS.1770
 

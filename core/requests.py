@@ -91,7 +91,8 @@ def _check_text(card: Card, text: str) -> None:
     for place, character in enumerate(text):
         if unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\r\t":
             raise BadInput(
-                f"The text holds a control character (U+{ord(character):04X}) at position {place + 1}; remove it."
+                f"The text holds a control character (U+{ord(character):04X}) at position {place + 1}; "
+                "remove it."
             )
     if Ability.MARKUP not in card.abilities and (tag := TAG.search(text)):
         raise BadInput(f"{card.name} would read the tag {tag[0]} aloud; remove it.")

@@ -7,6 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -180,7 +181,10 @@ class Studio:
             order=job.order,
             weights=finished.weights,
             media=list(finished.media),
-            measurements={**finished.measurements, "queue_seconds": round((job.started or 0) - job.created, 4)},
+            measurements={
+                **finished.measurements,
+                "queue_seconds": round((job.started or 0) - job.created, 4),
+            },
             placement=finished.placement,
             versions=finished.versions,
             group=job.order.group,
@@ -198,7 +202,9 @@ class Studio:
     def take(self, take_id: str, visitor: str) -> Take:
         return self.takes.get(take_id, owner=visitor)
 
-    def list_takes(self, visitor: str | None = None, modality: Modality | None = None, limit: int = 50) -> list[Take]:
+    def list_takes(
+        self, visitor: str | None = None, modality: Modality | None = None, limit: int = 50
+    ) -> list[Take]:
         """Newest first; `visitor=None` lists everyone's, for the operator's command line."""
         return self.takes.list(owner=visitor, modality=modality, limit=limit)
 
@@ -233,15 +239,14 @@ class Studio:
         )
 
     def secret(self) -> str:
-        """A secret of this installation, the same after a restart: the page signs what it keeps in browsers."""
+        """A secret of this installation, kept over restarts: the page signs with it what browsers keep."""
         file = self.settings.home / "secret"
         try:
             return file.read_text()
         except FileNotFoundError:
             self.settings.home.mkdir(parents=True, exist_ok=True)
-            try:
-                with open(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as new:
-                    new.write(secrets.token_urlsafe(32))
-            except FileExistsError:
-                pass  # another server of this home was faster
+            with suppress(FileExistsError):  # another server of this home may be faster
+                descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+                os.write(descriptor, secrets.token_urlsafe(32).encode())
+                os.close(descriptor)
             return file.read_text()

@@ -40,7 +40,9 @@ def app(tmp_path):
 
 def test_generate_speaks_for_real_and_writes_the_record(app, tmp_path):
     out = tmp_path / "a.wav"
-    done = app("generate", "espeak", "--text", "Good morning, dear listeners.", "--seed", "3", "--out", str(out))
+    done = app(
+        "generate", "espeak", "--text", "Good morning, dear listeners.", "--seed", "3", "--out", str(out)
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == "" and "seed 3" in done.stdout
     samples, rate = soundfile.read(out)
@@ -63,7 +65,9 @@ def test_a_taken_option_changes_the_result(app, tmp_path):
     seconds = []
     for speed in ("100", "300"):
         out = tmp_path / f"{speed}.wav"
-        done = app("generate", "espeak", "--text", "One two three four", "-o", f"speed={speed}", "--out", str(out))
+        done = app(
+            "generate", "espeak", "--text", "One two three four", "-o", f"speed={speed}", "--out", str(out)
+        )
         assert done.returncode == 0, done.stderr
         seconds.append(soundfile.info(out).duration)
     assert seconds[0] > 2 * seconds[1]

@@ -50,7 +50,12 @@ def test_a_job_becomes_a_take_with_what_it_cost(studio):
     assert (take.folder / "audio.wav").is_file() and (take.folder / "record.json").is_file()
     assert take.group == "press" and take.order.seed == 1
     assert take.weights["kind"] == "miniature"
-    assert {"load_seconds", "generate_seconds", "real_time_factor", "queue_seconds"} <= take.measurements.keys()
+    assert {
+        "load_seconds",
+        "generate_seconds",
+        "real_time_factor",
+        "queue_seconds",
+    } <= take.measurements.keys()
     assert take.versions["torch"].startswith("2.")
     assert "anna" not in (take.folder / "record.json").read_text()
 
@@ -111,7 +116,9 @@ def test_a_crash_takes_one_job_and_nothing_else(studio):
 
 def test_the_licence_gate_opens_by_acceptance_only(studio, monkeypatch, tmp_path):
     card = studio.catalog.card("unruly")
-    gated = card.model_copy(update={"weights_licence": Licence(name="CPML", commercial=False, must_accept=True)})
+    gated = card.model_copy(
+        update={"weights_licence": Licence(name="CPML", commercial=False, must_accept=True)}
+    )
     monkeypatch.setitem(studio.catalog._cards, "unruly", gated)
     (tmp_path / "weights.bin").write_bytes(bytes(10))
     real = order(weights=str(tmp_path))

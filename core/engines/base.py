@@ -36,7 +36,7 @@ class Placement:
 
 
 class Run(Protocol):
-    """One call of `generate`, as the engine sees it. Each call raises `Cancelled` once a stop was asked for."""
+    """One call of `generate`, as its engine sees it. Each method raises `Cancelled` once a stop was asked."""
 
     seed: int  # torch, numpy and random are seeded with it before `generate` starts
 
@@ -70,8 +70,8 @@ class Engine(ABC):
             run: progress, chunks, seed and cancel.
         """
 
-    def close(self) -> None:
-        """Undo what `load` did beyond attributes (hooks, libraries, files). Attributes are dropped by the caller."""
+    def close(self) -> None:  # noqa: B027 - most have nothing to undo
+        """Undo what `load` did beyond attributes (hooks, files). The caller drops the attributes."""
 
     def modules(self) -> Iterator[torch.nn.Module]:
         """The torch modules held by this engine, for the proof that they were released."""

@@ -1,4 +1,4 @@
-"""What the spawned process calls first. Importing it is cheap, so the page can name it; it imports the host."""
+"""What the spawned process calls first: cheap to import, so that the page can name it."""
 
 from __future__ import annotations
 

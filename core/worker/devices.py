@@ -35,7 +35,7 @@ def ram_available() -> int:
 
 
 def reset_ram_peak() -> bool:
-    """Start a new high-water mark of resident memory; False where the system has none (Linux: proc(5), clear_refs)."""
+    """Start a new high-water mark of resident memory; False where there is none (proc(5): clear_refs)."""
     try:
         (_PROC / "clear_refs").write_text("5")
     except OSError:
@@ -124,7 +124,9 @@ class Device:
     def free(self) -> int:
         """Bytes that can still be taken; blocks that the allocator caches count as free."""
         if self.is_cuda:
-            cached = self._torch.cuda.memory_reserved(self.name) - self._torch.cuda.memory_allocated(self.name)
+            cached = self._torch.cuda.memory_reserved(self.name) - self._torch.cuda.memory_allocated(
+                self.name
+            )
             return int(self._torch.cuda.mem_get_info(self.name)[0] + cached)
         return ram_available()
 

@@ -1,6 +1,6 @@
 """Inside the worker: leases an engine, runs a job, reports events. One job at a time.
 
-The same `Host` runs in a child process (`main`) and inline, in the process of a test, a script or a ZeroGPU Space.
+The same `Host` runs in a child process (`main`) and inline: in a test, a script or a ZeroGPU Space.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -113,7 +112,7 @@ def seed_everything(seed: int) -> None:
     import torch
 
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - the libraries draw from the global generator
+    np.random.seed(seed)
     torch.manual_seed(seed)
 
 
@@ -219,7 +218,9 @@ class Host:
         where = self._place(card, found.bytes)
         key = Key(card.id, found.folder, found.commit, where)
         asked = time.perf_counter()
-        with self.residency.lease(key, placement.needed(found.bytes), lambda: self._load(card, key)) as resident:
+        with self.residency.lease(
+            key, placement.needed(found.bytes), lambda: self._load(card, key)
+        ) as resident:
             load_seconds = time.perf_counter() - asked
             run.check()
             if card.has_weights:

@@ -37,7 +37,7 @@ def _(result: Audio, folder: Path) -> list[dict[str, Any]]:
             "seconds": round(result.seconds, 4),
             "rate": result.rate,
             "lufs": None if level is None else round(level, 2),
-            "peaks": peaks(result, PEAK_COLUMNS).round(3).tolist(),
+            "peaks": peaks(result, PEAK_COLUMNS),
             "mel": draw_mel(result, folder / "mel.png"),
         }
     ]

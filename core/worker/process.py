@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -41,9 +42,10 @@ _LOG_TAIL = 4000  # bytes of the worker's output that go into a failure's detail
 class Worker(Protocol):
     """Runs one job at a time; the page's jobs know nothing else of it."""
 
-    state: State
-    pulse: Pulse | None
-
+    @property
+    def state(self) -> State: ...
+    @property
+    def pulse(self) -> Pulse | None: ...
     def start(self, listener: Listener) -> None: ...
     def run(self, job: str, order: Order, folder: Path, online: bool) -> None: ...
     def stop(self, job: str) -> None: ...
@@ -67,8 +69,9 @@ class _Current:
 class WorkerProcess:
     """A child process that imports torch, watched by one thread.
 
-    A job ends with exactly one of `Finished`, `Failed` and `Stopped`, whatever becomes of the process: a crash, a
-    kill from outside, a hang and an ignored stop are told as what they are, and a new process takes over.
+    A job ends with exactly one of `Finished`, `Failed` and `Stopped`, whatever becomes of the process: a
+    crash, a kill from outside, a hang and an ignored stop are told as what they are, and a new process
+    takes over.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -107,9 +110,16 @@ class WorkerProcess:
     def stop(self, job: str) -> None:
         """Ask the running job to stop; it is killed if it does not within the grace."""
         with self._lock:
-            if self._current and self._current.job == job and self._current.stop_asked is None:
-                self._current.stop_asked = time.monotonic()
-                self._send(StopJob(job))
+            current = self._current
+            if current is None or current.job != job or current.stop_asked is not None:
+                return
+            current.stop_asked = time.monotonic()
+            self._send(StopJob(job))
+            if current.begun or self.state == "busy":
+                return
+            self._current = None
+        # The process is still starting: it will drop the job when it gets there, and nobody need wait for that.
+        self._listener(job, Stopped())
 
     def unload(self, engine: str = "") -> None:
         with self._lock:
@@ -127,10 +137,8 @@ class WorkerProcess:
         self._watcher.join(2)
 
     def _send(self, message: ToWorker) -> None:
-        try:
+        with suppress(OSError):  # the process is gone; the watcher says so and starts another
             self._pipe.send(message)
-        except (BrokenPipeError, OSError):
-            pass  # the process is gone; the watcher says so and starts another
 
     def _spawn(self) -> None:
         from core.worker import _child
@@ -179,6 +187,8 @@ class WorkerProcess:
                     self._early_deaths = 0
                     if self.state in ("starting", "restarting"):
                         self.state = "busy" if self._current else "ready"
+                        if self._current:
+                            self._current.heard = self._beat  # the job's own time begins now
         elif isinstance(message, Released):
             self._leaky = self._leaky or not message.clean
         elif isinstance(message, JobEvent):
@@ -207,7 +217,7 @@ class WorkerProcess:
             return Stopped(
                 f"It did not stop within {settings.cancel_grace:g} s, so its process was ended and replaced."
             )
-        if current and now - current.heard > settings.silence_limit:
+        if current and self.state == "busy" and now - current.heard > settings.silence_limit:
             return Failed(
                 f"There was no step for {settings.silence_limit:g} s, so its process was ended and replaced."
             )

@@ -65,18 +65,18 @@ class Residency:
     @property
     def loaded(self) -> tuple[str, ...]:
         """Engine ids, most recently used first. Does not wait for a load in progress."""
-        residents = sorted(list(self._residents.values()), key=lambda r: -r.used)
+        residents = sorted(self._residents.copy().values(), key=lambda r: -r.used)
         return tuple(dict.fromkeys(r.key.engine for r in residents))
 
     @property
     def held(self) -> int:
         """Bytes planned for all that is loaded."""
-        return sum(r.bytes for r in list(self._residents.values()))
+        return sum(r.bytes for r in self._residents.copy().values())
 
     @property
     def leased(self) -> int:
         """Bytes planned for what cannot be evicted now."""
-        return sum(r.bytes for r in list(self._residents.values()) if r.leases)
+        return sum(r.bytes for r in self._residents.copy().values() if r.leases)
 
     @contextmanager
     def lease(self, key: Key, size: int, make: Callable[[], Engine]) -> Iterator[Resident]:
@@ -97,7 +97,8 @@ class Residency:
                 resident.used = time.monotonic()
 
     def _load(self, key: Key, size: int, make: Callable[[], Engine]) -> Resident:
-        self._evict_until_fits(key.placement.device, size)
+        if size:
+            self._evict_until_fits(key.placement.device, size)
         before = self._device_used() or 0
         started = time.perf_counter()
         try:

@@ -124,7 +124,7 @@ def test_a_hang_is_ended_after_the_silence_limit(bench):
 
 def test_an_ignored_stop_ends_the_process_after_the_grace(bench):
     bench.begin("deaf")
-    bench.until(Loading)
+    bench.until(Step)
     bench.worker.stop("job")
     stopped = bench.end()
     assert isinstance(stopped, Stopped) and "did not stop within 1 s" in stopped.reason
@@ -219,7 +219,11 @@ def test_the_worker_ends_with_its_page(settings, tmp_path):
     script.write_text(code)
     environment = {**os.environ, "SOUNDSTAGE_HOME": str(tmp_path), "PYTHONPATH": str(Path.cwd())}
     page = subprocess.Popen(
-        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, str(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     pid = int(page.stdout.readline())
     pidfd = os.pidfd_open(pid)
