@@ -14,7 +14,7 @@ from demos.views import render
 Measure = tuple[str, str, str, Callable[[float | None], str]]
 
 MEASURES: tuple[Measure, ...] = (
-    ("Real-time factor", "generation by duration; under 1 is faster than speech", "real_time_factor", figures.factor),
+    ("Real-time factor", "under 1 is faster than speech", "real_time_factor", figures.factor),
     ("Generation", "without loading", "generate_seconds", figures.seconds),
     ("First sound", "from the start of the run", "first_audio_seconds", figures.seconds),
     ("Peak memory", "RAM, device where there is one", "peak", figures.size),

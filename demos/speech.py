@@ -57,11 +57,12 @@ class SpeechTab:
         gr.HTML(render("title"), apply_default_css=False)
         self.banner = pane(elem_classes="slot")
         with gr.Row(elem_classes="desk"):
-            with gr.Column(scale=5, min_width=320):
+            with gr.Column(scale=7, min_width=320):
                 self._build_script()
+            with gr.Column(scale=5, min_width=320):
+                self._build_language()
                 self._build_voice()
-            with gr.Column(scale=6, min_width=320):
-                self.picker = engine_picker(list(self.cards.values()), chosen, elem_id="engines")
+        self.picker = engine_picker(list(self.cards.values()), chosen, elem_id="engines")
         self.licences = gr.CheckboxGroup(
             label="Licences to accept", visible=False, elem_id="licences", elem_classes="plain-checks"
         )
@@ -88,12 +89,14 @@ class SpeechTab:
         self.earlier = pane(elem_classes="slot")
 
     def _build_script(self) -> None:
-        codes = sorted({c for card in self.cards.values() for c in card.languages} | {"en"}, key=figures.language)
         with gr.Group(elem_classes="script"):
             self.text = gr.Textbox(
                 label="Text", lines=6, max_lines=16, placeholder="What should they say?", elem_id="text", autofocus=True
             )
             self.count = gr.HTML("0 characters", elem_id="count", apply_default_css=False)
+
+    def _build_language(self) -> None:
+        codes = sorted({c for card in self.cards.values() for c in card.languages} | {"en"}, key=figures.language)
         self.language = gr.Dropdown([(figures.language(c), c) for c in codes], value="en", label="Language", elem_id="language")
         self.chips = gr.HTML(
             self._chips("en"), js_on_load=_PICKS, apply_default_css=False, elem_id="examples"

@@ -60,8 +60,8 @@ def _finished(take: Take, card: Card, span: float) -> dict[str, Any]:
         "download": download_name(take),
         "wave": waveform(peaks),
         "wave_width": len(peaks),
-        "mel": address(take.folder / medium["mel"]["file"]) if medium.get("mel") else "",
-        "hertz": [{"percent": t["percent"], "label": _hertz(t["hz"])} for t in (medium.get("mel") or {}).get("ticks", ())],
+        "mel": address(take.folder / medium["mel"]["file"]),
+        "hertz": [(tick["top"], _hertz(tick["hz"])) for tick in medium["mel"]["ticks"]],
         "ticks": figures.time_ticks(span),
         "facts": facts(take),
         "record": _record(take, card),
@@ -74,9 +74,14 @@ def _hertz(value: float) -> str:
 
 
 def waveform(peaks: Sequence[Sequence[float]]) -> str:
-    """An SVG path around `(lowest, highest)` pairs in [-1, 1], in a box of len(peaks) by 100."""
-    top = [f"{x},{50 - 48 * max(high, 0.01):.1f}" for x, (_, high) in enumerate(peaks)]
-    bottom = [f"{x},{50 - 48 * min(low, -0.01):.1f}" for x, (low, _) in reversed(list(enumerate(peaks)))]
+    """An SVG path around `(lowest, highest)` pairs in [-1, 1], in a box of len(peaks) by 100.
+
+    The loudest peak fills the height: what is played has equal loudness too.
+    """
+    loudest = max((max(-low, high) for low, high in peaks), default=0.0)
+    reach = 48 / max(loudest, 1e-3)
+    top = [f"{x},{50 - max(reach * high, 0.6):.1f}" for x, (_, high) in enumerate(peaks)]
+    bottom = [f"{x},{50 - min(reach * low, -0.6):.1f}" for x, (low, _) in reversed(list(enumerate(peaks)))]
     return f"M{' '.join(top)} {' '.join(bottom)}Z" if peaks else ""
 
 
