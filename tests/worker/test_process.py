@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from core.events import Failed, Finished, Loading, Step, Stopped
+from core.events import Failed, Finished, Step, Stopped
 from core.requests import Order, SpeechRequest
 from core.settings import Settings
 from core.worker.process import WorkerProcess
