@@ -188,8 +188,9 @@ class Takes:
         going = self._own / f"deleted-{secrets.token_hex(4)}"
         with suppress(FileNotFoundError):
             (self.kept / id).rename(going)
-        self._rows("DELETE FROM takes WHERE id = ?", (id,))
         self.discard(going)
+        with suppress(DiskFull):  # a row without a folder is passed over
+            self._rows("DELETE FROM takes WHERE id = ?", (id,))
 
     def order_of(self, take: Take) -> Order:
         """The order that makes a kept take again.
@@ -298,13 +299,14 @@ class Takes:
 
     def _connect(self) -> sqlite3.Connection:
         # A connection for each use: cheap, safe between threads, and none holds on to an index set aside.
+        # The journal is SQLite's usual one: its write-ahead log needs room on the disk even to read, and
+        # shared memory, which the network folder of a Space does not have.
         index = sqlite3.connect(self._index, timeout=30, isolation_level=None)
         try:
             index.execute("PRAGMA synchronous = OFF")  # after a power cut it is made anew from the folders
             if not _is_made(index):
                 with self._alone():
                     if not _is_made(index):
-                        index.execute("PRAGMA journal_mode = WAL")
                         self._fill(index)
         except BaseException:
             index.close()
@@ -335,8 +337,7 @@ class Takes:
             aside = self._index.with_name(f"index.damaged-{secrets.token_hex(4)}.sqlite3")
             log.warning("the index of takes is damaged (%s); kept as %s and made anew", error, aside.name)
             self._index.rename(aside)
-            for part in ("-wal", "-shm"):
-                self._index.with_name(self._index.name + part).unlink(missing_ok=True)
+            self._index.with_name(f"{self._index.name}-journal").unlink(missing_ok=True)
 
 
 def _is_made(index: sqlite3.Connection) -> bool:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from core.card import Card, Checkpoint
-from core.errors import BadInput, WeightsError
+from core.errors import BadInput, SoundstageError, WeightsError
+from core.media import room_for
 from core.weights import hub
 from core.weights.folders import (
     assemble,
@@ -40,6 +41,7 @@ class Plan:
     kind: Kind
     sentence: str  # for the page
     folder: Path | None = None  # where it is known before the worker resolves it
+    cached: dict[str, Path] = field(default_factory=dict, repr=False)  # the parts' folders, by sub-folder
 
     @property
     def real(self) -> bool:
@@ -77,13 +79,14 @@ def plan(card: Card, checkpoint: Checkpoint, choice: str, online: bool, *, size:
         return Plan("miniature", "Untrained miniature, as asked: the sound is noise.")
     if choice not in ("auto", "hub"):
         return _given(card, checkpoint, choice)
-    absent = _absent(checkpoint, online)
+    cached = _cached(checkpoint)
+    absent = _absent(checkpoint, cached, online)
     if not absent:
-        alone = hub.cached(checkpoint) if not checkpoint.also else None
-        return Plan("hub", "Real weights, in the cache.", alone)
+        folder = None if checkpoint.also else cached[""]
+        return Plan("hub", "Real weights, in the cache.", folder, cached)
     if online:
-        amount = f"{human(size)}" if size else "they"
-        return Plan("download", f"Real weights; {amount} will be downloaded first.")
+        amount = human(size) if size else "they"
+        return Plan("download", f"Real weights; {amount} will be downloaded first.", None, cached)
     if choice == "hub":
         names = ", ".join(part.repository or part.archive for part in absent)
         raise WeightsError(
@@ -106,9 +109,14 @@ def _given(card: Card, checkpoint: Checkpoint, choice: str) -> Plan:
     return Plan("folder", f"Weights of the folder {folder.name}.", folder)
 
 
-def _absent(checkpoint: Checkpoint, online: bool) -> list[Checkpoint]:
+def _cached(checkpoint: Checkpoint) -> dict[str, Path]:
+    """The folders of the parts that are in the cache, by sub-folder."""
+    return {name: folder for name, part in parts(checkpoint) if (folder := hub.cached(part))}
+
+
+def _absent(checkpoint: Checkpoint, cached: dict[str, Path], online: bool) -> list[Checkpoint]:
     """The parts that are not in the cache; an optional one counts only where it could be had."""
-    return [p for _, p in parts(checkpoint) if (online or not p.optional) and hub.cached(p) is None]
+    return [p for name, p in parts(checkpoint) if name not in cached and (online or not p.optional)]
 
 
 def resolve(
@@ -136,7 +144,6 @@ def resolve(
             `note` says why.
     """
     chosen = plan(card, checkpoint, choice, online)
-    idle = _idle(report)
     if chosen.kind == "none":
         return Resolved(None, "none", "", "", 0)
     if chosen.kind == "folder":
@@ -144,20 +151,23 @@ def resolve(
         _refuse_damage(chosen.folder, "Give a whole copy.")
         return Resolved(chosen.folder, "folder", "", "", bytes_of(chosen.folder))
     if chosen.kind == "miniature":
-        return _miniature(card, checkpoint, cache, package, idle)
+        return _miniature(card, checkpoint, cache, package, report)
+    found = chosen.cached
     if chosen.kind == "download":
+        absent = _absent(checkpoint, found, online=True)
         try:
-            watched(lambda meter: _download(checkpoint, meter), report)
+            watched(lambda meter: _download(absent, meter), report)
         except Unreachable as error:
             if choice != "auto":
                 raise
             note = f"{error} The untrained miniature is used instead: the sound is noise."
             report(note, 0, 0)
-            return _miniature(card, checkpoint, cache, package, idle, note)
-    return _real(card, checkpoint, cache, idle)
+            return _miniature(card, checkpoint, cache, package, report, note)
+        found = _cached(checkpoint)
+    return _real(card, checkpoint, found, cache, report)
 
 
-def _idle(report: Report) -> Callable[[], None]:
+def _wait(report: Report) -> Callable[[], None]:
     return lambda: report("Waiting for another process that prepares the same weights", 0, 0)
 
 
@@ -166,8 +176,8 @@ def _refuse_damage(folder: Path, mend: str) -> None:
         raise WeightsError(f"The weights cannot be used: {fault}. {mend}")
 
 
-def _download(checkpoint: Checkpoint, meter: Meter) -> None:
-    for part in _absent(checkpoint, online=True):
+def _download(absent: list[Checkpoint], meter: Meter) -> None:
+    for part in absent:
         try:
             hub.download(part, meter)
         except WeightsError:
@@ -175,23 +185,23 @@ def _download(checkpoint: Checkpoint, meter: Meter) -> None:
                 raise
 
 
-def _real(card: Card, checkpoint: Checkpoint, cache: Path, idle: Callable[[], None]) -> Resolved:
-    found = {name: (part, folder) for name, part in parts(checkpoint) if (folder := hub.cached(part))}
-    for _, folder in found.values():
+def _real(
+    card: Card, checkpoint: Checkpoint, found: dict[str, Path], cache: Path, report: Report
+) -> Resolved:
+    for folder in found.values():
         _refuse_damage(folder, f"Delete {folder}, and it will be downloaded again.")
-    commits = {part.repository: hub.commit(part, folder) for part, folder in found.values()}
+    commits = {p.repository: hub.commit(p, found[name]) for name, p in parts(checkpoint) if name in found}
     main = commits.pop(checkpoint.repository)
-    folder = found[""][1]
+    folder = found[""]
     if checkpoint.also:
         stamp = _stamp(json.dumps([main, *sorted(commits.items())]))
         folder = cache / "assembled" / f"{card.id}-{stamp}"
-        sources = {name: source for name, (_, source) in found.items()}
-        build_once(folder, lambda: links_hold(folder), lambda empty: assemble(empty, sources), idle)
+        build_once(folder, lambda: links_hold(folder), lambda empty: assemble(empty, found), _wait(report))
     return Resolved(folder, "hub", checkpoint.repository, main, bytes_of(folder), commits)
 
 
 def _miniature(
-    card: Card, checkpoint: Checkpoint, cache: Path, package: str, idle: Callable[[], None], note: str = ""
+    card: Card, checkpoint: Checkpoint, cache: Path, package: str, report: Report, note: str = ""
 ) -> Resolved:
     spec = importlib.util.find_spec(f"{package}.miniature")
     if spec is None or spec.origin is None:
@@ -202,16 +212,20 @@ def _miniature(
     record = folder.with_name(folder.name + ".json")
 
     def build(empty: Path) -> None:
+        report(note or "Building the untrained miniature", 0, 0)
         try:
-            importlib.import_module(f"{package}.miniature").build(empty, checkpoint)
+            with room_for(f"the miniature of {card.name}"):
+                importlib.import_module(f"{package}.miniature").build(empty, checkpoint)
+        except SoundstageError:
+            raise
         except Exception as error:
             raise WeightsError(f"The miniature of {card.name} could not be built: {error}") from error
         record.write_text(json.dumps(_sizes(empty)))
 
     def good() -> bool:
-        return record.is_file() and json.loads(record.read_text()) == _sizes(folder) and not damage(folder)
+        return record.is_file() and record.read_text() == json.dumps(_sizes(folder)) and not damage(folder)
 
-    build_once(folder, good, build, idle)
+    build_once(folder, good, build, _wait(report))
     return Resolved(folder, "miniature", checkpoint.repository, stamp, bytes_of(folder), note=note)
 
 

@@ -15,7 +15,8 @@ from filelock import FileLock, Timeout
 
 from core.card import Checkpoint
 
-_TORCH = (".pth", ".pt", ".ckpt")
+_TORCH = {".pth", ".pt", ".ckpt"}
+_CHECKED = _TORCH | {".bin", ".safetensors", ".json", ".npz", ".h5", ".onnx"}
 _HEADER_LIMIT = 100_000_000  # bytes; the safetensors library refuses longer headers
 _JSON_LIMIT = 1_000_000  # bytes; larger ones (big vocabularies) are left to the engine to read
 
@@ -52,7 +53,7 @@ def damage(folder: Path) -> str:
     Reads headers and ends only: it costs a few milliseconds, whatever the size.
     """
     for file in sorted(folder.rglob("*")):
-        if file.is_file() and (fault := _fault(file)):
+        if file.suffix in _CHECKED and file.is_file() and (fault := _fault(file)):
             return f"{file.relative_to(folder)} {fault}"
     return ""
 
@@ -72,9 +73,16 @@ def _fault(file: Path) -> str:
             "" if start.startswith(b"\x80") else "is not a PyTorch file"
         )  # 0x80: a pickle, before torch 1.6
     if file.suffix == ".json" and size <= _JSON_LIMIT:
-        try:
-            json.loads(file.read_bytes())
-        except ValueError:
+        return _json_fault(file.read_bytes())
+    return ""
+
+
+def _json_fault(text: bytes) -> str:
+    try:
+        json.loads(text)
+    except ValueError:
+        # Coqui's older configs hold comments, which its own reader strips: those end as JSON does.
+        if not text.rstrip().endswith((b"}", b"]")):
             return "is not readable JSON: truncated, or another file under that name"
     return ""
 
@@ -127,10 +135,13 @@ def hold(file: Path, idle: Callable[[], None]) -> Iterator[None]:
     """Hold a lock between processes; `idle` is called a few times a second while another one has it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file)
+    patience = 0.0
     while not lock.is_locked:
-        idle()
+        if patience:
+            idle()
         with suppress(Timeout):
-            lock.acquire(timeout=0.2)
+            lock.acquire(timeout=patience)
+        patience = 0.2
     try:
         yield
     finally:

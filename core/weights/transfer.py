@@ -36,7 +36,7 @@ class _Abandoned(Exception):
 class Meter:
     """How far a piece of background work is: written by its thread, read by the one who waits."""
 
-    note: str = ""
+    note: str = "Looking for the weights"
     done: int = 0
     total: int = 0
     stop: threading.Event = field(default_factory=threading.Event)

@@ -1,0 +1,30 @@
+"""`make bench`: measure what the README's table of figures states, as ratios within this run.
+
+    python -m tests.benchmarks [name ...]      names of modules here; all unless given
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import sys
+
+NAMES = ("overhead", "switches", "cancel", "startup", "responsive")
+
+
+def main(names: list[str]) -> int:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from tests.benchmarks.rows import as_markdown
+
+    rows = []
+    for name in names or NAMES:
+        print(f"measuring {name} ...", file=sys.stderr, flush=True)
+        rows += importlib.import_module(f"tests.benchmarks.{name}").measure()
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n")
+    print(as_markdown(rows))
+    return 0 if all(row.holds for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

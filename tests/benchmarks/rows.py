@@ -1,0 +1,42 @@
+"""One line of the table of figures, and the statistics it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    figure: str
+    measured: str
+    bound: str
+    holds: bool
+    note: str = ""
+
+
+def median(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def slope(values: Sequence[float]) -> float:
+    """Theil-Sen slope a step: the median over all pairs, which a single jump cannot move."""
+    pairs = [
+        (b - a) / (j - i)
+        for i, a in enumerate(values)
+        for j, b in enumerate(values[i + 1 :], start=i + 1)
+    ]  # fmt: skip
+    return median(pairs)
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    lines = ["| figure | measured | bound | holds | note |", "|---|---|---|---|---|"]
+    lines += [f"| {r.figure} | {r.measured} | {r.bound} | {'yes' if r.holds else 'no'} | {r.note} |" for r in rows]
+    return "\n".join(lines)

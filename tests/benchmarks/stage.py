@@ -1,0 +1,52 @@
+"""A host in this process, with what a measurement needs around it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from core.catalog import Catalog
+from core.events import Finished
+from core.requests import Order, SpeechRequest
+from core.settings import Settings
+from core.worker.host import Host
+from core.worker.messages import FromWorker, JobEvent, Released, RunJob
+
+TEXT = "The quick brown fox jumps over the lazy dog. It does so every single day."
+
+
+class Stage:
+    def __init__(self, folder: Path, **settings: object) -> None:
+        self.folder = folder / "job"
+        self.folder.mkdir()
+        self.released: list[Released] = []
+        self._last: FromWorker | None = None
+        self.host = Host(
+            Settings(home=folder / "home", cache=_cache(), device="cpu", threads=1, **settings), self._hear
+        )
+
+    def _hear(self, message: FromWorker) -> None:
+        if isinstance(message, Released):
+            self.released.append(message)
+        else:
+            self._last = message
+
+    def run(self, order: Order) -> Finished:
+        self.host.run(RunJob("job", order, self.folder, online=False))
+        assert isinstance(self._last, JobEvent) and isinstance(self._last.event, Finished), self._last
+        return self._last.event
+
+
+def _cache() -> Path:
+    """Miniatures are built once for all measurements."""
+    return Path(tempfile.gettempdir()) / "soundstage-benchmarks"
+
+
+def speakers() -> list[str]:
+    """Engines with weights that speak without a reference."""
+    return [card.id for card in Catalog().cards() if card.has_weights and not card.reference_required]
+
+
+def order(engine: str, seed: int = 1, text: str = TEXT, **options: object) -> Order:
+    request = SpeechRequest(text=text)
+    return Order(engine=engine, request=request, options=options, seed=seed, weights="miniature")
