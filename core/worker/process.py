@@ -110,9 +110,16 @@ class WorkerProcess:
     def stop(self, job: str) -> None:
         """Ask the running job to stop; it is killed if it does not within the grace."""
         with self._lock:
-            if self._current and self._current.job == job and self._current.stop_asked is None:
-                self._current.stop_asked = time.monotonic()
-                self._send(StopJob(job))
+            current = self._current
+            if current is None or current.job != job or current.stop_asked is not None:
+                return
+            current.stop_asked = time.monotonic()
+            self._send(StopJob(job))
+            if current.begun or self.state == "busy":
+                return
+            self._current = None
+        # The process is still starting: it drops the job when it gets there, and nobody waits for that.
+        self._listener(job, Stopped())
 
     def unload(self, engine: str = "") -> None:
         with self._lock:
@@ -180,6 +187,8 @@ class WorkerProcess:
                     self._early_deaths = 0
                     if self.state in ("starting", "restarting"):
                         self.state = "busy" if self._current else "ready"
+                        if self._current:
+                            self._current.heard = self._beat  # the job's own time begins now
         elif isinstance(message, Released):
             self._leaky = self._leaky or not message.clean
         elif isinstance(message, JobEvent):
@@ -208,7 +217,7 @@ class WorkerProcess:
             return Stopped(
                 f"It did not stop within {settings.cancel_grace:g} s, so its process was ended and replaced."
             )
-        if current and now - current.heard > settings.silence_limit:
+        if current and self.state == "busy" and now - current.heard > settings.silence_limit:
             return Failed(
                 f"There was no step for {settings.silence_limit:g} s, so its process was ended and replaced."
             )

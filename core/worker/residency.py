@@ -97,7 +97,8 @@ class Residency:
                 resident.used = time.monotonic()
 
     def _load(self, key: Key, size: int, make: Callable[[], Engine]) -> Resident:
-        self._evict_until_fits(key.placement.device, size)
+        if size:
+            self._evict_until_fits(key.placement.device, size)
         before = self._device_used() or 0
         started = time.perf_counter()
         try:

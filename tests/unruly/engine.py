@@ -34,6 +34,7 @@ class Unruly(Engine):
             case "hang":
                 threading.Event().wait()
             case "deaf":
+                run.step(1, 9, "deaf from here on")
                 while True:  # works on without ever asking whether to stop
                     time.sleep(0.01)
             case "memory":

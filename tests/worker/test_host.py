@@ -104,11 +104,12 @@ def test_a_disk_without_room_is_said_and_leaves_the_host_well(stage, monkeypatch
     def full(self, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
-        failed = stage.run()[-1]
-    assert isinstance(failed, Failed) and "no room left" in failed.reason
-    assert isinstance(stage.run()[-1], Finished)
+    for _ in ("while the miniature is built", "while the take is written"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_bytes", full)
+            failed = stage.run()[-1]
+        assert isinstance(failed, Failed) and "no room left" in failed.reason
+        assert isinstance(stage.run()[-1], Finished)
 
 
 def test_an_engine_without_weights_needs_no_torch(settings, tmp_path):
@@ -124,7 +125,7 @@ def test_an_engine_without_weights_needs_no_torch(settings, tmp_path):
         host = Host(Settings(home="{tmp_path}", cache="{tmp_path}"), told.append)
         order = Order(engine="espeak", request=SpeechRequest(text="hello"), seed=1)
         host.run(RunJob("job", order, Path("{tmp_path}"), online=False))
-        print(told[-1].event)
+        print(type(told[-1].event).__name__)
         sys.exit("torch" in sys.modules)
         """
     )

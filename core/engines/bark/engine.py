@@ -34,7 +34,7 @@ _FINE_STEP = 10  # one step of the fine stage reads 1024 frames at once: about a
 
 
 class BarkEngine(Engine):
-    """A sentence is up to 768 semantic tokens, three times as many coarse ones, and six passes of the fine stage."""
+    """A sentence is at most 768 semantic tokens, three times as many coarse ones, and six fine passes."""
 
     def load(self, weights: Path | None, placement: Placement) -> None:
         assert weights is not None

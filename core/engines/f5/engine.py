@@ -1,0 +1,195 @@
+"""Speaks with F5-TTS, one sentence a call, in the reference's voice."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from core.engines.base import Engine, Placement, Run
+from core.engines.f5.card import (
+    CARD,
+    MODEL_FILE,
+    REFERENCE_SECONDS,
+    VOCABULARY_FILE,
+    VOCODER_FOLDER,
+    WHISPER_FOLDER,
+    F5Options,
+)
+from core.engines.quirks import mend_torchaudio
+from core.engines.speaking import join, split_sentences
+from core.errors import BadInput, WeightsError
+from core.media import Audio, read_audio
+from core.requests import SpeechRequest
+
+mend_torchaudio()
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """The library prints as it loads, and its import warns and appends to the module search path."""
+    path = list(sys.path)
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    sys.path[:] = path
+
+
+with _quietly():
+    from f5_tts.infer.utils_infer import infer_batch_process, load_model, load_vocoder
+    from f5_tts.model import DiT
+    from f5_tts.model.modules import vocos_mel_stft_cache
+
+from core.engines.f5.reference import as_sentence, prepare, transcribe  # noqa: E402
+
+# What a vocoder's config.yaml may call: Vocos imports and calls whatever it names there.
+_VOCODER_CLASSES = {
+    "feature_extractor": "vocos.feature_extractors.MelSpectrogramFeatures",
+    "backbone": "vocos.models.VocosBackbone",
+    "head": "vocos.heads.ISTFTHead",
+}
+_PREFIX = "ema_model.transformer."
+_SECONDS_AT_ONCE = 22  # reference and sentence together, as the library's own `infer_process` allows
+_SHORTEST_LIMIT = 20  # characters
+
+
+class F5Engine(Engine):
+    """Spectrogram-based: each step moves noise closer to the mel spectrogram of the sentence."""
+
+    def load(self, weights: Path | None, placement: Placement) -> None:
+        assert weights is not None
+        self.device, self.dtype = placement.device, placement.torch_dtype
+        self.whisper = weights / WHISPER_FOLDER
+        vocoder = weights / VOCODER_FOLDER
+        _check_vocoder(vocoder / "config.yaml")
+        with _quietly():
+            self.vocoder = load_vocoder(is_local=True, local_path=str(vocoder), device=self.device)
+            # Loaded on the CPU, since on a GPU the library decides on half precision by itself.
+            self.model = load_model(
+                DiT,
+                architecture(weights / MODEL_FILE),
+                str(weights / MODEL_FILE),
+                mel_spec_type="vocos",
+                vocab_file=str(weights / VOCABULARY_FILE),
+                device="cpu",
+            )
+        self.model.to(self.device, self.dtype).eval()
+
+    def generate(self, request: SpeechRequest, options: F5Options, run: Run) -> Audio:
+        """Sentences are joined with pauses; the library's cross-fade is for texts cut inside a sentence."""
+        reference, words = self._reference(request)
+        sentences = split_sentences(request.text, self._limit(request.text, reference, words, options.speed))
+        steps, done = len(sentences) * options.steps, 0
+
+        def told(*_: object) -> None:
+            nonlocal done
+            done += 1
+            run.step(done, steps, f"sentence {-(-done // options.steps)} of {len(sentences)}")
+
+        run.check()
+        hook = self.model.transformer.register_forward_hook(told)
+        try:
+            return join([self._speak(s, reference, words, options) for s in sentences], CARD.sample_rate)
+        finally:
+            hook.remove()
+
+    def _speak(self, sentence: str, reference: Audio, words: str, options: F5Options) -> np.ndarray:
+        wave, _rate, _mel = next(
+            infer_batch_process(
+                (torch.from_numpy(reference.samples)[None], reference.rate),
+                words,
+                [sentence],  # several would run in threads at once
+                self.model,
+                self.vocoder,
+                progress=None,
+                nfe_step=options.steps,
+                cfg_strength=options.cfg_strength,
+                sway_sampling_coef=options.sway_sampling_coef,
+                speed=options.speed,
+                device=self.device,
+            )
+        )
+        return np.asarray(wave, np.float32)
+
+    def _reference(self, request: SpeechRequest) -> tuple[Audio, str]:
+        """The prepared recording, and its words: those given, unless only a part of it is heard."""
+        assert request.voice is not None
+        longest = REFERENCE_SECONDS[1]
+        recording = read_audio(request.voice, rate=CARD.sample_rate, limit_seconds=longest + 1)
+        heard = prepare(recording, longest)
+        words = request.voice_text.strip()
+        if self.whisper.is_dir() and (not words or recording.seconds > longest):
+            words = transcribe(heard, self.whisper, self.device, self.dtype)
+        if not words:
+            raise BadInput("No words could be made out in the reference recording; type what is said in it.")
+        return heard, as_sentence(words)
+
+    @staticmethod
+    def _limit(text: str, reference: Audio, words: str, speed: float) -> int:
+        """Characters of `text` that fit into one call, at the reference's pace in UTF-8 bytes a second."""
+        pace = len(words.encode()) / reference.seconds * speed
+        bytes_at_once = pace * (_SECONDS_AT_ONCE - reference.seconds)
+        return max(_SHORTEST_LIMIT, int(bytes_at_once * len(text) / len(text.encode())))
+
+    def close(self) -> None:
+        # The library keeps its spectrogram transforms, one for each device, in a module's variable.
+        vocos_mel_stft_cache.clear()
+
+
+def architecture(file: Path) -> dict[str, int]:
+    """The arguments of `DiT` that fit a checkpoint's tensors, read from their shapes.
+
+    The hub's folder does not state them. What no shape shows (padding masked, rotary positions on all heads)
+    is as in F5-TTS v1, which are DiT's defaults.
+    """
+    try:
+        with safe_open(file, "pt") as tensors:
+            shapes = {
+                name.removeprefix(_PREFIX): tensors.get_slice(name).get_shape()
+                for name in tensors.keys()  # noqa: SIM118  # not a dict
+            }
+    except SafetensorError as error:
+        raise WeightsError(f"{file.name} is not a whole safetensors file: {error}.") from None
+    try:
+        dim = shapes["input_embed.proj.bias"][0]
+        return {
+            "dim": dim,
+            "depth": _count(r"transformer_blocks\.(\d+)\.", shapes),
+            "heads": shapes["transformer_blocks.0.attn.to_q.weight"][0]
+            // (2 * shapes["rotary_embed.inv_freq"][0]),
+            "dim_head": 2 * shapes["rotary_embed.inv_freq"][0],
+            "ff_mult": shapes["transformer_blocks.0.ff.ff.0.0.weight"][0] // dim,
+            "text_dim": shapes["text_embed.text_embed.weight"][1],
+            "conv_layers": _count(r"text_embed\.text_blocks\.(\d+)\.", shapes),
+        }
+    except KeyError as missing:
+        raise WeightsError(f"{file.name} holds no F5-TTS model: it lacks the tensor {missing}.") from None
+
+
+def _count(pattern: str, names: dict[str, list[int]]) -> int:
+    return len({match[1] for name in names if (match := re.match(pattern, name))})
+
+
+def _check_vocoder(file: Path) -> None:
+    try:
+        config = yaml.safe_load(file.read_text("utf-8"))
+        named = {part: config[part]["class_path"] for part in config}
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise WeightsError(f"The vocoder's {file.name} cannot be read: {error}") from None
+    if named != _VOCODER_CLASSES:
+        raise WeightsError(
+            f"The vocoder's {file.name} names {', '.join(map(str, named.values()))}; "
+            f"it may name only {', '.join(_VOCODER_CLASSES.values())}."
+        )
+
+
+ENGINE = F5Engine
