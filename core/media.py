@@ -164,6 +164,8 @@ def room_for(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None:  # not the system's: some library raises OSError for reasons of its own
+            raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise DiskFull(
                 f"There is no room left on the disk for {what}; free some and try again."

@@ -31,7 +31,9 @@ def comparison(takes: Sequence[Take], cards: Mapping[str, Card]) -> str:
         {"name": name, "cells": [value for _, value in facts(take)]}
         for name, take in zip(names, takes, strict=True)
     ]
-    return render("comparison", charts=[_chart(m, takes, names) for m in MEASURES], columns=columns, rows=rows)
+    return render(
+        "comparison", charts=[_chart(m, takes, names) for m in MEASURES], columns=columns, rows=rows
+    )
 
 
 def _chart(measure: Measure, takes: Sequence[Take], names: Sequence[str]) -> dict[str, Any]:

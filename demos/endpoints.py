@@ -86,7 +86,11 @@ def _seed(value: float) -> int:
 
 def _request(text: str, language: str, voice: str | None, voice_text: str, consent: bool) -> SpeechRequest:
     return SpeechRequest(
-        text=text, language=language, voice=Path(voice) if voice else None, voice_text=voice_text, consent=consent
+        text=text,
+        language=language,
+        voice=Path(voice) if voice else None,
+        voice_text=voice_text,
+        consent=consent,
     )
 
 

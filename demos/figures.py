@@ -41,12 +41,16 @@ def factor(value: float | None) -> str:
 
 def count(value: int) -> str:
     """Parameters: `82 M`, `1.1 B`."""
-    return f"{value / 1e9:.1f} B" if value >= 1e9 else f"{value / 1e6:.0f} M" if value >= 1e6 else f"{value:,}"
+    return (
+        f"{value / 1e9:.1f} B" if value >= 1e9 else f"{value / 1e6:.0f} M" if value >= 1e6 else f"{value:,}"
+    )
 
 
 def language(code: str) -> str:
     """The English name of an ISO 639 code; the code itself where Unicode's tables have none."""
-    return _ENGLISH.languages.get(code.replace("-", "_")) or _ENGLISH.languages.get(code.split("-")[0]) or code
+    return (
+        _ENGLISH.languages.get(code.replace("-", "_")) or _ENGLISH.languages.get(code.split("-")[0]) or code
+    )
 
 
 def languages(codes: Sequence[str]) -> str:

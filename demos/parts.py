@@ -131,7 +131,9 @@ def _fine_step(span: float) -> float:
     return next((step for step in (0.001, 0.01, 0.05, 0.1, 0.5, 1.0) if span / step <= 200), 1.0)
 
 
-def option_values(controls: Mapping[str, gr.components.Component], values: Mapping[Any, Any], card: Card) -> dict[str, Any]:
+def option_values(
+    controls: Mapping[str, gr.components.Component], values: Mapping[Any, Any], card: Card
+) -> dict[str, Any]:
     """What the controls hold, ready for the engine's Options; sliders give whole numbers as floats."""
     fields = card.options.model_fields
     found: dict[str, Any] = {}
@@ -144,7 +146,9 @@ def option_values(controls: Mapping[str, gr.components.Component], values: Mappi
     return found
 
 
-def act_on(panes: Sequence[gr.HTML], deed: Callable[..., Any], inputs: Any, outputs: Any) -> gr.events.Dependency:
+def act_on(
+    panes: Sequence[gr.HTML], deed: Callable[..., Any], inputs: Any, outputs: Any
+) -> gr.events.Dependency:
     """Run `deed(event, ...)` for every press on a `data-act` element of `panes`."""
     return gr.on(
         [p.select for p in panes],

@@ -8,14 +8,14 @@ from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 
-import gradio as gr  # noqa: E402
+import gradio as gr
 
-from core.studio import Status, Studio  # noqa: E402
-from demos import figures  # noqa: E402
-from demos.endpoints import add_endpoints  # noqa: E402
-from demos.speech import SpeechTab  # noqa: E402
-from demos.theme import theme  # noqa: E402
-from demos.views import ASSETS, asset, drawing, render  # noqa: E402
+from core.studio import Status, Studio
+from demos import figures
+from demos.endpoints import add_endpoints
+from demos.speech import SpeechTab
+from demos.theme import theme
+from demos.views import ASSETS, asset, drawing, render
 
 TICK_SECONDS = 3.0  # how often an open page asks for the header's figures
 SESSIONS = 300  # kept in memory; each is about 125 KB
@@ -33,7 +33,9 @@ def build(studio: Studio) -> gr.Blocks:
         timer = gr.Timer(TICK_SECONDS)
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         known = gr.State(False)
-        page.load(lambda token: (token or secrets.token_urlsafe(24), True), visitor, [visitor, known], **quiet)
+        page.load(
+            lambda token: (token or secrets.token_urlsafe(24), True), visitor, [visitor, known], **quiet
+        )
         timer.tick(lambda: _status(studio), None, chips, queue=False, **quiet)
         tab.wire(known.change, timer.tick)
         add_endpoints(studio)

@@ -21,7 +21,7 @@ from demos import figures
 from demos.comparison import comparison
 from demos.parts import act_on, engine_picker, engines, option_controls, option_values, pane
 from demos.stage import Piece, Stage, stage, verdict
-from demos.tracks import download_name, longest, track, weights
+from demos.tracks import download_name, longest, track
 from demos.views import ASSETS, address, asset, render
 
 TAKES_LISTED = 100
@@ -68,16 +68,35 @@ class SpeechTab:
         )
         self.accepted = gr.BrowserState([], storage_key="soundstage-accepted", secret=self.studio.secret())
         with gr.Row(elem_classes="action-bar"):
-            self.speak = gr.Button("Speak", variant="primary", interactive=False, elem_classes="go", elem_id="speak", scale=0, min_width=150)
+            self.speak = gr.Button(
+                "Speak",
+                variant="primary",
+                interactive=False,
+                elem_classes="go",
+                elem_id="speak",
+                scale=0,
+                min_width=150,
+            )
             self.stop = gr.Button("Stop", elem_id="stop", scale=0, min_width=90)
             self.seed = gr.Number(
-                _new_seed(), label="Seed for all", precision=0, minimum=0, maximum=SEED_MAX, min_width=130, scale=0
+                _new_seed(),
+                label="Seed for all",
+                precision=0,
+                minimum=0,
+                maximum=SEED_MAX,
+                min_width=130,
+                scale=0,
             )
-            self.random = gr.Checkbox(True, label="New seed at each press", elem_classes="inline-check", min_width=200)
+            self.random = gr.Checkbox(
+                True, label="New seed at each press", elem_classes="inline-check", min_width=200
+            )
         self.alert = pane(elem_id="alert", elem_classes="slot")
         self._build_options(chosen)
         self.status = gr.HTML(
-            "", html_template='<p role="status" aria-live="polite">${value}</p>', elem_id="say", apply_default_css=False
+            "",
+            html_template='<p role="status" aria-live="polite">${value}</p>',
+            elem_id="say",
+            apply_default_css=False,
         )
         self.tracks = [pane(elem_classes="slot track-slot") for _ in self.cards]
         self.comparison = pane(elem_classes="slot")
@@ -91,13 +110,22 @@ class SpeechTab:
     def _build_script(self) -> None:
         with gr.Group(elem_classes="script"):
             self.text = gr.Textbox(
-                label="Text", lines=6, max_lines=16, placeholder="What should they say?", elem_id="text", autofocus=True
+                label="Text",
+                lines=6,
+                max_lines=16,
+                placeholder="What should they say?",
+                elem_id="text",
+                autofocus=True,
             )
             self.count = gr.HTML("0 characters", elem_id="count", apply_default_css=False)
 
     def _build_language(self) -> None:
-        codes = sorted({c for card in self.cards.values() for c in card.languages} | {"en"}, key=figures.language)
-        self.language = gr.Dropdown([(figures.language(c), c) for c in codes], value="en", label="Language", elem_id="language")
+        codes = sorted(
+            {c for card in self.cards.values() for c in card.languages} | {"en"}, key=figures.language
+        )
+        self.language = gr.Dropdown(
+            [(figures.language(c), c) for c in codes], value="en", label="Language", elem_id="language"
+        )
         self.chips = gr.HTML(
             self._chips("en"), js_on_load=_PICKS, apply_default_css=False, elem_id="examples"
         )
@@ -105,20 +133,36 @@ class SpeechTab:
     def _build_voice(self) -> None:
         with gr.Accordion("A voice to clone", open=False, elem_id="voice-fold"):
             self.voice_chips = gr.HTML(
-                render("chips", label="Example voices", name="voice", chips=[(v["id"], v["name"]) for v in self.voices]),
+                render(
+                    "chips",
+                    label="Example voices",
+                    name="voice",
+                    chips=[(v["id"], v["name"]) for v in self.voices],
+                ),
                 js_on_load=_PICKS,
                 apply_default_css=False,
                 elem_id="voices",
             )
             self.voice = gr.Audio(
-                sources=["upload", "microphone"], type="filepath", label="Reference recording", elem_id="voice",
-                buttons=[], waveform_options=gr.WaveformOptions(show_recording_waveform=True),
+                sources=["upload", "microphone"],
+                type="filepath",
+                label="Reference recording",
+                elem_id="voice",
+                buttons=[],
+                waveform_options=gr.WaveformOptions(show_recording_waveform=True),
             )
             self.voice_text = gr.Textbox(
-                label="What is said in it", lines=2, info="Helps engines that align speech with text.", elem_id="voice-text"
+                label="What is said in it",
+                lines=2,
+                info="Helps engines that align speech with text.",
+                elem_id="voice-text",
             )
             self.consent = gr.Checkbox(
-                False, label="I may use this voice", info="It is mine, or its speaker agreed.", visible=False, elem_id="consent"
+                False,
+                label="I may use this voice",
+                info="It is mine, or its speaker agreed.",
+                visible=False,
+                elem_id="consent",
             )
 
     def _build_options(self, chosen: Sequence[str]) -> None:
@@ -148,7 +192,9 @@ class SpeechTab:
         self.language.change(self._chips, self.language, self.chips, **quiet)
         self.chips.select(self._take_example, self.language, self.text, **quiet)
         self.voice_chips.select(self._take_voice, None, [self.voice, self.voice_text], **quiet)
-        self.voice.change(lambda voice: gr.Checkbox(visible=bool(voice), value=False), self.voice, self.consent, **quiet)
+        self.voice.change(
+            lambda voice: gr.Checkbox(visible=bool(voice), value=False), self.voice, self.consent, **quiet
+        )
         self.licences.change(lambda chosen: chosen, self.licences, self.accepted, **quiet)
         gr.on(
             [ready, tick, self.language.change, self.picker.change, self.voice.change],
@@ -174,7 +220,10 @@ class SpeechTab:
             concurrency_limit=None,
             **quiet,
         )
-        for button, make, file in ((self.csv, self._csv, self.csv_file), (self.zip, self._zip, self.zip_file)):
+        for button, make, file in (
+            (self.csv, self._csv, self.csv_file),
+            (self.zip, self._zip, self.zip_file),
+        ):
             button.click(make, self.visitor, file, **quiet).success(
                 None, js=f"() => document.querySelector('#{file.elem_id}').click()", **quiet
             )
@@ -185,7 +234,9 @@ class SpeechTab:
 
     def _chips(self, language: str) -> str:
         texts = self.examples.get(language, [])
-        return render("chips", label="Examples", name="example", chips=[(str(i), t) for i, t in enumerate(texts)])
+        return render(
+            "chips", label="Examples", name="example", chips=[(str(i), t) for i, t in enumerate(texts)]
+        )
 
     def _take_example(self, language: str, event: gr.EventData) -> str:
         return self.examples[language][int(event.id)]
@@ -196,7 +247,9 @@ class SpeechTab:
 
     # Which engines fit
 
-    def _fit(self, chosen: list[str], language: str, voice: str | None, accepted: list[str], sent: dict[str, Any]) -> list[Any]:
+    def _fit(
+        self, chosen: list[str], language: str, voice: str | None, accepted: list[str], sent: dict[str, Any]
+    ) -> list[Any]:
         """Bring the picker, the licence boxes, the banner and the option groups up to date."""
         plans = {card.id: self._plan(card) for card in self.cards.values()}
         hindrances = {card.id: _hindrance(card, language, voice) for card in self.cards.values()}
@@ -223,7 +276,13 @@ class SpeechTab:
     def _asks_licence(self, card: Card, plan: Plan | SoundstageError) -> bool:
         licence = card.weights_licence
         settled = self.studio.licences.accepted() | frozenset(self.studio.settings.accept_licences)
-        return bool(licence and licence.must_accept and isinstance(plan, Plan) and plan.real and card.id not in settled)
+        return bool(
+            licence
+            and licence.must_accept
+            and isinstance(plan, Plan)
+            and plan.real
+            and card.id not in settled
+        )
 
     def _licence_boxes(self, needed: Sequence[str], accepted: Sequence[str]) -> gr.CheckboxGroup:
         choices = []
@@ -231,11 +290,17 @@ class SpeechTab:
             licence = self.cards[engine].weights_licence
             assert licence is not None
             terms = "" if licence.commercial else ", for non-commercial use"
-            choices.append((f"I accept the {licence.name} of {self.cards[engine].name}'s weights{terms}", engine))
+            choices.append(
+                (f"I accept the {licence.name} of {self.cards[engine].name}'s weights{terms}", engine)
+            )
         return gr.CheckboxGroup(choices, value=[e for e in needed if e in accepted], visible=bool(needed))
 
     def _banner(self, plans: Mapping[str, Plan | SoundstageError]) -> str:
-        noise = [self.cards[e].name for e, plan in plans.items() if isinstance(plan, Plan) and plan.kind == "miniature"]
+        noise = [
+            self.cards[e].name
+            for e, plan in plans.items()
+            if isinstance(plan, Plan) and plan.kind == "miniature"
+        ]
         return render("banner", names=noise) if noise else ""
 
     # Press and watch
@@ -326,9 +391,15 @@ class SpeechTab:
     def _view(self, shown: Stage, sent: dict[str, Any]) -> list[Any]:
         span = longest(shown.slots)
         finished = [slot.take for slot in shown.slots if slot.take]
-        html = [track(slot, self.cards[slot.order.engine], span) for slot in shown.slots if slot.order.engine in self.cards]
+        html = [
+            track(slot, self.cards[slot.order.engine], span)
+            for slot in shown.slots
+            if slot.order.engine in self.cards
+        ]
         html += [""] * (len(self.tracks) - len(html))
-        updates = [_changed(sent, f"track {place}", text, lambda text=text: text) for place, text in enumerate(html)]
+        updates = [
+            _changed(sent, f"track {place}", text, lambda text=text: text) for place, text in enumerate(html)
+        ]
         table = comparison(finished, self.cards)
         rows = self._rows(shown.earlier)
         say = _say(shown, self.cards)

@@ -72,7 +72,11 @@ def _finished(take: Take, card: Card, span: float) -> dict[str, Any]:
         "ticks": figures.time_ticks(span),
         "facts": facts(take),
         "record": _record(take, card),
-        "json": json.dumps(take.model_dump(mode="json", exclude={"media": {"__all__": {"peaks"}}}), indent=2, ensure_ascii=False),
+        "json": json.dumps(
+            take.model_dump(mode="json", exclude={"media": {"__all__": {"peaks"}}}),
+            indent=2,
+            ensure_ascii=False,
+        ),
     }
 
 
@@ -130,11 +134,17 @@ def _record(take: Take, card: Card) -> list[tuple[str, str]]:
         ("Voice", "cloned from a reference, with consent" if order.request.voice else ""),
         ("Seed", str(order.seed)),
         ("Options", options),
-        ("Weights", " ".join(str(take.weights[k]) for k in ("kind", "repository", "commit") if take.weights.get(k))),
+        (
+            "Weights",
+            " ".join(str(take.weights[k]) for k in ("kind", "repository", "commit") if take.weights.get(k)),
+        ),
         ("Placement", ", ".join(f"{k} {v}" for k, v in take.placement.items())),
         ("Versions", ", ".join(f"{k} {v}" for k, v in take.versions.items())),
         ("Sound", f"{medium['rate']:,} Hz, {loudness} as made; played at equal loudness"),
-        ("Same seed", card.reproducible_note or ("gives bitwise the same" if card.reproducible else "may differ")),
+        (
+            "Same seed",
+            card.reproducible_note or ("gives bitwise the same" if card.reproducible else "may differ"),
+        ),
         ("Waited", figures.seconds(take.measurements.get("queue_seconds"))),
         ("Made", figures.moment(take.made)),
     ]

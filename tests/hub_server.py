@@ -12,10 +12,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+import huggingface_hub.constants
+import pytest
 
 LFS_SUFFIXES = {".safetensors", ".bin", ".pth", ".pt", ".npz", ".onnx", ".h5"}
 HOLD_LIMIT = 20.0  # seconds; a test that forgets to release a file must not hang the server
@@ -52,9 +56,14 @@ class LoopbackHub:
         return [a for a in self.asked if a.method == "GET" and a.path.endswith(ending) and a.sent]
 
     def commit(self, repository: str) -> str:
-        folder = self.repositories[repository]
-        listing = [(f.relative_to(folder).as_posix(), sha256(f)) for f in _files(folder)]
-        return hashlib.sha1(json.dumps(listing).encode()).hexdigest()
+        return _commit(self.repositories[repository])
+
+
+@cache
+def _commit(folder: Path) -> str:
+    """A folder's commit, and so its content, stays as at the first request."""
+    listing = [(f.relative_to(folder).as_posix(), sha256(f)) for f in _files(folder)]
+    return hashlib.sha1(json.dumps(listing).encode()).hexdigest()
 
 
 def sha256(file: Path) -> str:
@@ -90,6 +99,23 @@ def loopback_hub() -> Iterator[LoopbackHub]:
         server.shutdown()
         server.server_close()
         thread.join(5)
+
+
+def point_at(hub: LoopbackHub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process take the loopback hub for the hub, with its cache under `home`.
+
+    huggingface_hub reads the environment once, at its import; so its constants are set as well.
+    """
+    monkeypatch.setenv("HF_ENDPOINT", hub.address)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for name, value in {
+        "ENDPOINT": hub.address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.address + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_ASSETS_CACHE": str(home / "assets"),
+        "HF_HUB_OFFLINE": False,
+    }.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -25,7 +25,7 @@ from core.card import Card, Checkpoint, Licence, Modality
 from core.errors import BadInput, LicenceNeeded, WeightsError
 from core.weights import transfer
 from core.weights.folders import damage, human
-from tests.hub_server import LoopbackHub, loopback_hub
+from tests.hub_server import LoopbackHub, loopback_hub, point_at
 
 SIZE = 3_000_000
 REPOSITORY = "lab/tiny-voice"
@@ -78,16 +78,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
     """A loopback hub with one repository, and huggingface_hub pointed at it with an empty cache."""
     with loopback_hub() as served:
         served.repositories[REPOSITORY] = write_checkpoint(tmp_path / "served")
-        monkeypatch.setenv("HF_ENDPOINT", served.address)
-        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        point_at(served, tmp_path / "home", monkeypatch)
         monkeypatch.setattr(transfer, "PAUSE", 0.01)
-        constants = huggingface_hub.constants
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", served.address)
-        template = served.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-        monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "home" / "assets"))
         yield served
 
 

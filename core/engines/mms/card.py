@@ -129,7 +129,7 @@ def spell(text: str, language: str, vocabulary: Collection[str]) -> str:
     text = text.lower()
     text = min(
         (unicodedata.normalize(form, text) for form in ("NFC", "NFD")),
-        key=lambda written: len(unknown(written, vocabulary)),
+        key=lambda written: sum(_is_lost(sign, vocabulary) for sign in written),
     )
     for twins in _TWINS:
         for old, new in (twins, twins[::-1]):
@@ -143,18 +143,16 @@ def unknown(text: str, vocabulary: Collection[str]) -> list[str]:
 
     Not counted are punctuation and the vowel points of Arabic and Hebrew, which readers leave out, too.
     """
-    return [
-        sign
-        for sign in dict.fromkeys(text)
-        if sign not in vocabulary and (_is_spoken(sign) or sign in "%&@#")
-    ]
+    return [sign for sign in dict.fromkeys(text) if _is_lost(sign, vocabulary)]
 
 
-def _is_spoken(sign: str) -> bool:
+def _is_lost(sign: str, vocabulary: Collection[str]) -> bool:
+    if sign in vocabulary:
+        return False
     category = unicodedata.category(sign)
     if category == "Mn":
         return unicodedata.name(sign, "").partition(" ")[0] not in ("ARABIC", "HEBREW")
-    return category[0] in "LNS" or category == "Mc"
+    return category[0] in "LNS" or category == "Mc" or sign in "%&@#"
 
 
 CARD = Card(
