@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ from core.media import Audio, at_loudness, write_audio
 from core.requests import SpeechRequest
 
 RATE = 24_000
-Samples = npt.NDArray[np.float64]
+Samples = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ def _soften(sound: Samples, loss: float) -> Samples:
 def _shape(sound: Samples, gain: Callable[[Samples], Samples]) -> Samples:
     """Multiply the spectrum by a gain over frequency in Hz."""
     spectrum = np.fft.rfft(sound, 2 * len(sound))
-    return np.fft.irfft(spectrum * gain(np.fft.rfftfreq(2 * len(sound), 1 / RATE)))[: len(sound)]
+    shaped: Samples = np.fft.irfft(spectrum * gain(np.fft.rfftfreq(2 * len(sound), 1 / RATE)))
+    return shaped[: len(sound)]
 
 
 def _smooth_between(knots: Samples, length: int) -> Samples:
@@ -136,7 +138,8 @@ def _smooth_between(knots: Samples, length: int) -> Samples:
     places = np.linspace(0, len(knots) - 1.001, length)
     left = places.astype(int)
     turn = (1 - np.cos(np.pi * (places - left))) / 2
-    return knots[left] * (1 - turn) + knots[left + 1] * turn
+    curve: Samples = knots[left] * (1 - turn) + knots[left + 1] * turn
+    return curve
 
 
 def main(folder: Path) -> None:
