@@ -3,13 +3,17 @@
 (() => {
   "use strict";
 
+  // Gradio may insert this script before or after the page is parsed.
+  const onceThere = (start) =>
+    document.readyState === "loading" ? addEventListener("DOMContentLoaded", start) : start();
+
   // Light and dark: the visitor's choice, else the system's.
   const KEY = "soundstage-light";
   let asked = new URLSearchParams(location.search).get("__theme");
   const lit = (mode) => document.body.classList.toggle("dark", mode === "dark");
   const preferred = () =>
     asked || localStorage.getItem(KEY) || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
-  addEventListener("DOMContentLoaded", () => {
+  onceThere(() => {
     lit(preferred());
     // Gradio sets its own mode once it is mounted; the visitor's choice has the last word.
     const watcher = new MutationObserver(() => {
@@ -47,6 +51,7 @@
 
   function follow(audio) {
     show(audio);
+    face(audio, !audio.paused); // Gradio may have drawn the track anew meanwhile
     if (!audio.paused && audio.isConnected) requestAnimationFrame(() => follow(audio));
   }
 
@@ -157,8 +162,22 @@
       button?.setAttribute("aria-pressed", "true");
     }
   }
-  addEventListener("DOMContentLoaded", () => {
-    const observer = new MutationObserver(() => streams.size && feed());
+
+  // Folds that the visitor opened stay open when Gradio draws their track anew.
+  const unfolded = new Set();
+  document.addEventListener("click", (event) => {
+    const fold = event.target.closest("summary")?.closest("[data-fold]");
+    if (fold) fold.open ? unfolded.delete(fold.dataset.fold) : unfolded.add(fold.dataset.fold);
+  });
+  function unfold() {
+    document.querySelectorAll("[data-fold]:not([open])").forEach((fold) => (fold.open = unfolded.has(fold.dataset.fold)));
+  }
+
+  onceThere(() => {
+    const observer = new MutationObserver(() => {
+      if (unfolded.size) unfold();
+      if (streams.size) feed();
+    });
     observer.observe(document.body, { childList: true, subtree: true });
   });
 

@@ -101,8 +101,8 @@ def _control(name: str, field: Mapping[str, Any]) -> gr.components.Component:
     # An optional value is a choice between its type and null.
     field = {**next((f for f in field.get("anyOf", ()) if f.get("type") != "null"), {}), **field}
     about = {
-        "label": field.get("title") or name.replace("_", " ").capitalize(),
-        "info": field.get("description"),
+        "label": name.replace("_", " ").capitalize(),
+        "info": _sentence(field.get("description", "")),
         "value": field.get("default"),
     }
     low = field.get("minimum", field.get("exclusiveMinimum"))
@@ -120,6 +120,10 @@ def _control(name: str, field: Mapping[str, Any]) -> gr.components.Component:
         case {"suggestions": suggestions}:
             return gr.Dropdown(suggestions, allow_custom_value=True, **about)
     return gr.Textbox(**about)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _fine_step(span: float) -> float:

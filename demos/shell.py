@@ -60,13 +60,15 @@ def launch_options(studio: Studio) -> dict[str, Any]:
 
 def _status(studio: Studio) -> str:
     now: Status = studio.status()
+    # A CPU's device memory is RAM: one meter says it.
+    own = now.memory_total if now.memory_total != now.ram_total else 0
     meters = [
         (name, figures.size(used), figures.size(total), round(100 * used / total))
         for name, used, total in (
-            ("Device memory", now.memory_used, now.memory_total),
+            ("Device memory", now.memory_used, own),
             ("RAM", now.ram_used, now.ram_total),
         )
         if total
     ]
-    queue = f"{now.queue} waiting" if now.queue else "free" if now.worker == "ready" else "none waiting"
+    queue = f"{now.queue} waiting" if now.queue else "empty"
     return render("status", device=now.device or "starting", worker=now.worker, queue=queue, meters=meters)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from core.card import Card
+from core.events import Loading, Queued, Step
 from core.jobs import Job
 from core.takes import Take
 from demos import figures
@@ -42,10 +43,16 @@ def _on_its_way(job: Job) -> dict[str, Any]:
 
 
 def _note(job: Job) -> str:
-    if job.state != "queued":
-        return job.note or ("Loading" if job.state == "loading" else "Speaking")
-    ahead = job.position
-    return "Next in the queue" if ahead == 0 else f"In the queue, {ahead} before it"
+    match job.event:
+        case Queued(position=0):
+            return "Next in the queue"
+        case Queued(position=ahead):
+            return f"In the queue, {ahead} before it"
+        case Loading(note=note, done=done, total=total):
+            return f"{note}: {figures.size(done)} of {figures.size(total)}" if total else note
+        case Step(note=note, done=done, total=total):
+            return f"{note or 'steps'}: {done:,} of {total:,}" if total else note
+    return ""
 
 
 def _finished(take: Take, card: Card, span: float) -> dict[str, Any]:
@@ -92,13 +99,14 @@ def waveform(peaks: Sequence[Sequence[float]]) -> str:
 def facts(take: Take) -> list[tuple[str, str]]:
     """What a run cost, as name and figure."""
     cost: Mapping[str, Any] = take.measurements
+    device = None if take.placement.get("device") == "cpu" else cost.get("device_peak_bytes")
     return [
         ("Duration", figures.seconds(cost.get("audio_seconds"))),
         ("First sound", figures.seconds(cost.get("first_audio_seconds"))),
         ("Loading", figures.seconds(cost.get("load_seconds"))),
         ("Generation", figures.seconds(cost.get("generate_seconds"))),
         ("Real-time factor", figures.factor(cost.get("real_time_factor"))),
-        ("Peak device memory", figures.size(cost.get("device_peak_bytes"))),
+        ("Peak device memory", figures.size(device)),
         ("Peak RAM", figures.size(cost.get("ram_peak_bytes"))),
         ("Weights", weights(take)),
     ]
