@@ -485,12 +485,14 @@ def test_offline_falls_back_to_a_miniature_that_is_built_once(hub, resolve, tmp_
     assert builds() == 1
 
 
-@pytest.mark.parametrize("harm", ["truncated", "removed", "added"])
+@pytest.mark.parametrize("harm", ["truncated", "removed", "added", "overwritten"])
 def test_a_damaged_miniature_is_built_again(hub, resolve, harm):
     folder = resolve("miniature").folder
     before = {f.name: f.read_bytes() for f in folder.iterdir()}
     if harm == "truncated":
         (folder / "model.safetensors").write_bytes(b"\2")
+    elif harm == "overwritten":
+        (folder / "model.safetensors").write_bytes(bytes(len(before["model.safetensors"])))
     elif harm == "removed":
         (folder / "config.json").unlink()
     else:
