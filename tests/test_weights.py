@@ -551,6 +551,16 @@ def test_a_folder_that_is_not_this_checkpoint_names_what_it_lacks(tmp_path):
         weights.plan(card(), CHECKPOINT, "/no/such", True)
 
 
+def test_a_given_folder_may_lack_an_optional_part_but_not_half_of_it(tmp_path):
+    write_checkpoint(tmp_path, 100)
+    listener = Checkpoint(repository="lab/listener", required=("vocab.json",), optional=True)
+    both = CHECKPOINT.model_copy(update={"also": (listener,)})
+    assert weights.plan(card(), both, str(tmp_path), False).kind == "folder"
+    (tmp_path / "listener").mkdir()
+    with pytest.raises(BadInput, match=r"it lacks listener/vocab\.json"):
+        weights.plan(card(), both, str(tmp_path), False)
+
+
 def truncate(file: Path, keep: int) -> None:
     file.write_bytes(file.read_bytes()[:keep])
 
