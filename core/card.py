@@ -74,7 +74,7 @@ class Checkpoint(BaseModel):
     in a sub-folder named after the last part of its repository ("charactr/vocos-mel-24khz" ->
     "vocos-mel-24khz/"). `files` and `required` of each are relative to its own sub-folder.
     """
-    optional: bool = False  # as one of `also`: used where it is there, and no error where it is not
+    optional: bool = False  # as one of `also`: fetched with the others, but no error where it cannot be had
 
     @property
     def folder(self) -> str:

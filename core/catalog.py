@@ -6,8 +6,8 @@ import importlib
 import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 
-import core.engines
 from core.card import Card, Modality
 from core.errors import BadInput
 
@@ -17,7 +17,8 @@ ENTRY_POINTS = "soundstage.engines"
 @cache
 def _packages(extra: tuple[str, ...]) -> dict[str, str]:
     """Engine id -> package name, in a stable order."""
-    own = [f"core.engines.{m.name}" for m in pkgutil.iter_modules(core.engines.__path__) if m.ispkg]
+    folder = str(Path(__file__).with_name("engines"))
+    own = [f"core.engines.{m.name}" for m in pkgutil.iter_modules([folder]) if m.ispkg]
     added = [point.value for point in entry_points(group=ENTRY_POINTS)]
     return {name.rsplit(".", 1)[-1]: name for name in (*own, *added, *extra)}
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from core.card import Card, Checkpoint
-from core.errors import BadInput, WeightsError
+from core.errors import BadInput, SoundstageError, WeightsError
+from core.media import room_for
 from core.weights import hub
 from core.weights.folders import (
     assemble,
@@ -213,7 +214,10 @@ def _miniature(
     def build(empty: Path) -> None:
         report(note or "Building the untrained miniature", 0, 0)
         try:
-            importlib.import_module(f"{package}.miniature").build(empty, checkpoint)
+            with room_for(f"the miniature of {card.name}"):
+                importlib.import_module(f"{package}.miniature").build(empty, checkpoint)
+        except SoundstageError:
+            raise
         except Exception as error:
             raise WeightsError(f"The miniature of {card.name} could not be built: {error}") from error
         record.write_text(json.dumps(_sizes(empty)))

@@ -97,6 +97,10 @@ class JobRun:
         self.check()
         self._tell(Preview(file.name))
 
+    def finishing(self) -> None:
+        """The result is there; what is left are its files and pictures."""
+        self._tell(Step(1, 1, "Writing files and pictures"))
+
     def loading(self, note: str, done: int = 0, total: int = 0) -> None:
         """Progress of a download or a load; throttled like steps."""
         self.check()
@@ -203,6 +207,7 @@ class Host:
         if order.revision:
             checkpoint = checkpoint.model_copy(update={"revision": order.revision})
         run.loading("Looking for weights" if card.has_weights else "Starting")
+        device = self.device if card.has_weights else None  # first of all: it mends what libraries trip over
         found = weights.resolve(
             card,
             checkpoint,
@@ -214,7 +219,7 @@ class Host:
         )
         check(card, order.request, options, found.folder)
         run.loading(f"Loading {card.name}")
-        meter = Meter(self.device if card.has_weights else None)
+        meter = Meter(device)
         where = self._place(card, found.bytes)
         key = Key(card.id, found.folder, found.commit, where)
         asked = time.perf_counter()
@@ -229,6 +234,7 @@ class Host:
             result = resident.engine.generate(order.request, options, run)
             ended = time.perf_counter()
         memory = meter.read()
+        run.finishing()
         media = save(result, job.folder)
         measurements: dict[str, float | int | None] = {
             "load_seconds": round(load_seconds, 4),

@@ -118,7 +118,7 @@ class WorkerProcess:
             if current.begun or self.state == "busy":
                 return
             self._current = None
-        # The process is still starting: it will drop the job when it gets there, and nobody need wait for that.
+        # The process is still starting: it drops the job when it gets there, and nobody waits for that.
         self._listener(job, Stopped())
 
     def unload(self, engine: str = "") -> None:

@@ -1,6 +1,6 @@
 """`make bench`: measure what the README's table of figures states, as ratios within this run.
 
-    python -m tests.benchmarks [name ...]      names of modules here; all unless given
+python -m tests.benchmarks [name ...]      names of modules here; all unless given
 """
 
 from __future__ import annotations

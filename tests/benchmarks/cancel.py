@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 from core.events import Step
@@ -53,7 +54,7 @@ def _press(studio: Studio, engine: str) -> Row:
 
     _until(studio, job, threading.Event(), notice)
     assert not job.over, f"{engine} ended before the press: {job.state} {job.reason}"
-    step = max(b - a for a, b in zip(steps, steps[1:], strict=False))
+    step = max(b - a for a, b in pairwise(steps))
     pressed = time.perf_counter()
     studio.stop(VISITOR, job.id)
     _until(studio, job, threading.Event(), lambda job: job.over)
@@ -71,7 +72,8 @@ def _press(studio: Studio, engine: str) -> Row:
 def _hang(studio: Studio) -> Row:
     request = SpeechRequest(text="hello")
     [job] = studio.submit(
-        [Order(engine="unruly", request=request, options={"behave": "deaf"}, seed=1, weights="miniature")], VISITOR
+        [Order(engine="unruly", request=request, options={"behave": "deaf"}, seed=1, weights="miniature")],
+        VISITOR,
     )
     _until(studio, job, threading.Event(), lambda job: isinstance(job.event, Step))
     restarts = studio._worker.restarts  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What our layer adds to a job: the library's call made directly, against the same call as a job of the host."""
+"""What our layer adds to a job: the library called directly, against the same call as a job of the host."""
 
 from __future__ import annotations
 

@@ -38,5 +38,7 @@ def slope(values: Sequence[float]) -> float:
 
 def as_markdown(rows: Sequence[Row]) -> str:
     lines = ["| figure | measured | bound | holds | note |", "|---|---|---|---|---|"]
-    lines += [f"| {r.figure} | {r.measured} | {r.bound} | {'yes' if r.holds else 'no'} | {r.note} |" for r in rows]
+    lines += [
+        f"| {r.figure} | {r.measured} | {r.bound} | {'yes' if r.holds else 'no'} | {r.note} |" for r in rows
+    ]
     return "\n".join(lines)

@@ -162,7 +162,9 @@ def _noise(file: Path) -> None:
 
 
 def _playlist(file: Path) -> None:
-    file.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n/etc/passwd\n#EXT-X-ENDLIST\n")
+    """By which FFmpeg would open another file of the folder."""
+    write_audio(file.with_name("private.mp3"), tone())
+    file.write_text("ffconcat version 1.0\nfile private.mp3\n")
 
 
 def _cut(file: Path) -> None:

@@ -76,6 +76,30 @@ def test_stages_one_by_one_equal_the_librarys_generate(engine: Any, voice: str) 
     np.testing.assert_array_equal(ours, theirs[0].numpy())
 
 
+def test_equals_the_librarys_generate_where_the_model_ends_early(engine: Any) -> None:
+    # Untrained, the end is about as likely as any of 10,001 tokens: half of that is soon reached.
+    lengths = []
+    for seed in range(3):
+        ours = speak(engine, "Hello there.", seed=seed, voice="v2/de_speaker_3", min_eos_p=0.00005)
+        seed_everything(seed)
+        theirs = engine.model.generate(
+            **engine.processor("Hello there.", voice_preset="v2/de_speaker_3"),
+            semantic_temperature=0.7,
+            coarse_temperature=0.7,
+            fine_temperature=0.5,
+            min_eos_p=0.00005,
+        )
+        np.testing.assert_array_equal(ours, theirs[0].numpy())
+        lengths.append(len(ours))
+    assert min(lengths) < 320 * 78  # frames of the most tokens the miniature gives
+
+
+def test_half_precision_speaks_too() -> None:
+    engine: Any = load("bark", miniature("bark"), dtype="bfloat16")
+    assert {p.dtype for p in engine.model.parameters()} == {torch.bfloat16}
+    assert speak(engine).std() > 0.001
+
+
 def test_same_seed_gives_the_same_samples_and_another_seed_others(engine: Engine) -> None:
     first = speak(engine, seed=1)
     np.testing.assert_array_equal(first, speak(engine, seed=1))
@@ -116,7 +140,7 @@ def test_a_stop_ends_it_at_that_step_and_the_next_job_is_right(engine: Engine) -
     run = RecordingRun()
     right = speak(engine, TWO, run=run)
     stage_starts = [n for n, (_, _, note) in enumerate(run.steps) if note.endswith(" 1")]
-    for stop_after in {0, *stage_starts[2:5], len(run.steps) - 1}:
+    for stop_after in {0, *stage_starts[1:3], len(run.steps) - 1}:
         stopped = RecordingRun(stop_after=stop_after)
         with pytest.raises(Cancelled):
             speak(engine, TWO, run=stopped)

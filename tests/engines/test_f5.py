@@ -249,6 +249,7 @@ def whisper_in(folder: Path) -> Path:
         is_multilingual=True,
         max_length=60,
         suppress_tokens=[tokens[s] for s in specials],
+        _from_model_config=False,  # else it would be thrown away at loading
     )
     place = folder / "whisper-base"
     model.save_pretrained(place)

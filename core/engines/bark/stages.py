@@ -94,7 +94,7 @@ class Stages:
         frames = int(semantic.shape[1] * self.coarse_per_semantic / config.n_coarse_codebooks)
         steps = frames * config.n_coarse_codebooks
         return self.model.coarse_acoustics.generate(
-            semantic.clone(),  # the library writes into it
+            semantic,
             semantic_generation_config=self.semantic_config,
             coarse_generation_config=config,
             codebook_size=self.codebook_size,

@@ -25,7 +25,7 @@ _WHISPER = Checkpoint(
     repository="openai/whisper-base",
     label="writes down what the reference says",
     files=("*.json", "merges.txt", "model.safetensors"),
-    required=("config.json", "preprocessor_config.json", "model.safetensors"),
+    required=("config.json", "generation_config.json", "model.safetensors"),
     parameters=72_600_000,
     optional=True,
 )

@@ -1,4 +1,4 @@
-"""Coqui VITS: text to waveform in one model, in the two English voices sets that Coqui published."""
+"""Coqui VITS: text to waveform in one model, in the two English sets of voices that Coqui published."""
 
 from __future__ import annotations
 

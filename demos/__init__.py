@@ -1,0 +1,1 @@
+"""The page: Gradio and `core.studio`, nothing else."""

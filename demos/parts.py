@@ -1,0 +1,162 @@
+"""Parts that every tab needs, each made once: panes of HTML that act, the engine picker, the options form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import gradio as gr
+
+from core.card import Ability, Card
+from core.errors import SoundstageError
+from core.weights import Plan
+from demos import figures
+from demos.views import render
+
+# A press on anything with data-act becomes one select event with what to do and to which id.
+_ACTS = """
+element.addEventListener('click', (event) => {
+  const deed = event.target.closest('[data-act]');
+  if (deed && !deed.disabled) trigger('select', { act: deed.dataset.act, id: deed.dataset.id });
+});
+"""
+_CHOICE = """
+element.addEventListener('change', () => {
+  props.value = [...element.querySelectorAll('input:checked')].map((box) => box.value);
+});
+"""
+
+
+def pane(value: str = "", **settings: Any) -> gr.HTML:
+    """HTML that Python renders; Gradio changes only the nodes that differ, so a player goes on playing."""
+    return gr.HTML(value, js_on_load=_ACTS, apply_default_css=False, **settings)
+
+
+def engine_picker(cards: Sequence[Card], chosen: Sequence[str], **settings: Any) -> gr.HTML:
+    """A checkbox an engine; its value is the list of chosen ids, its prop `content` the HTML of `engines`."""
+    return gr.HTML(
+        list(chosen),
+        html_template="${content}",
+        js_on_load=_CHOICE,
+        apply_default_css=False,
+        content=engines(cards, chosen, {}, {}),
+        **settings,
+    )
+
+
+def engines(
+    cards: Sequence[Card],
+    chosen: Sequence[str],
+    hindrances: Mapping[str, tuple[str, bool]],
+    plans: Mapping[str, Plan | SoundstageError],
+) -> str:
+    """The picker's HTML.
+
+    Args:
+        hindrances: engine id -> a word or two on what is in the way, and whether it rules the engine out.
+        plans: engine id -> its weights, or why there are none.
+    """
+    shown = []
+    for card in cards:
+        word, blocked = hindrances.get(card.id, ("", False))
+        plan = plans.get(card.id)
+        shown.append(
+            {
+                "id": card.id,
+                "name": card.name,
+                "summary": card.summary,
+                "facts": card_facts(card),
+                "hindrance": word,
+                "blocked": blocked,
+                "chosen": card.id in chosen,
+                "weights": plan.sentence if isinstance(plan, Plan) else str(plan or ""),
+                "weights_kind": plan.kind if isinstance(plan, Plan) else "absent",
+            }
+        )
+    return render("engines", engines=shown)
+
+
+def card_facts(card: Card) -> list[str]:
+    """What an engine is, in words of a few letters each."""
+    licence = card.weights_licence
+    found = [
+        str(card.paradigm or ""),
+        figures.languages(card.languages),
+        "clones voices" if Ability.CLONE in card.abilities else "",
+        "streams" if Ability.STREAM in card.abilities else "",
+        "performs [cues]" if Ability.CUES in card.abilities else "",
+        f"{figures.count(card.parameters)} parameters" if card.parameters else "",
+        f"{licence.name}{'' if licence.commercial else ', non-commercial'}" if licence else "no weights",
+    ]
+    return [fact for fact in found if fact]
+
+
+def option_controls(card: Card) -> dict[str, gr.components.Component]:
+    """One control for each of an engine's options, from the JSON schema of its pydantic model."""
+    fields = card.options.model_json_schema().get("properties", {})
+    return {name: _control(name, field) for name, field in fields.items()}
+
+
+def _control(name: str, field: Mapping[str, Any]) -> gr.components.Component:
+    # An optional value is a choice between its type and null.
+    field = {**next((f for f in field.get("anyOf", ()) if f.get("type") != "null"), {}), **field}
+    about = {
+        "label": name.replace("_", " ").capitalize(),
+        "info": _sentence(field.get("description", "")),
+        "value": field.get("default"),
+    }
+    low = field.get("minimum", field.get("exclusiveMinimum"))
+    high = field.get("maximum", field.get("exclusiveMaximum"))
+    match field:
+        case {"enum": choices}:
+            return gr.Dropdown(choices, filterable=len(choices) > 8, **about)
+        case {"type": "boolean"}:
+            return gr.Checkbox(**about)
+        case {"type": "integer" | "number" as kind} if low is not None and high is not None:
+            fine = 1 if kind == "integer" else _fine_step(high - low)
+            return gr.Slider(low, high, step=field.get("step", fine), **about)
+        case {"type": "integer" | "number" as kind}:
+            return gr.Number(minimum=low, maximum=high, precision=0 if kind == "integer" else None, **about)
+        case {"suggestions": suggestions}:
+            return gr.Dropdown(suggestions, allow_custom_value=True, **about)
+    return gr.Textbox(**about)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _fine_step(span: float) -> float:
+    """About a hundredth of the span, as a round number."""
+    return next((step for step in (0.001, 0.01, 0.05, 0.1, 0.5, 1.0) if span / step <= 200), 1.0)
+
+
+def option_values(
+    controls: Mapping[str, gr.components.Component], values: Mapping[Any, Any], card: Card
+) -> dict[str, Any]:
+    """What the controls hold, ready for the engine's Options; sliders give whole numbers as floats."""
+    fields = card.options.model_fields
+    found: dict[str, Any] = {}
+    for name, control in controls.items():
+        value = values[control]
+        if isinstance(value, float) and value.is_integer() and isinstance(fields[name].default, int):
+            value = int(value)
+        if value is not None or fields[name].default is not None:
+            found[name] = value
+    return found
+
+
+def act_on(
+    panes: Sequence[gr.HTML], deed: Callable[..., Any], inputs: Any, outputs: Any
+) -> gr.events.Dependency:
+    """Run `deed(event, ...)` for every press on a `data-act` element of `panes`."""
+    return gr.on(
+        [p.select for p in panes],
+        deed,
+        inputs,
+        outputs,
+        api_visibility="private",
+        show_progress="hidden",
+        concurrency_limit=None,
+        trigger_mode="multiple",
+    )

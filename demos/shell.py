@@ -1,0 +1,74 @@
+"""The page as a whole: header, tabs, theme, and how it is launched."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+
+import gradio as gr
+
+from core.studio import Status, Studio
+from demos import figures
+from demos.endpoints import add_endpoints
+from demos.speech import SpeechTab
+from demos.theme import theme
+from demos.views import ASSETS, asset, drawing, render
+
+TICK_SECONDS = 3.0  # how often an open page asks for the header's figures
+SESSIONS = 300  # kept in memory; each is about 125 KB
+OPEN_PAGES = 200  # pages that can watch running jobs at once
+
+
+def build(studio: Studio) -> gr.Blocks:
+    """The whole page, not yet launched."""
+    with gr.Blocks(title="Soundstage", fill_width=False) as page:
+        visitor = gr.BrowserState(None, storage_key="soundstage-visitor", secret=studio.secret())
+        with gr.Row(elem_classes="header"):
+            gr.HTML(render("header", logo=drawing("logo.svg")), apply_default_css=False, elem_classes="brand")
+            chips = gr.HTML(_status(studio), apply_default_css=False, elem_classes="status")
+        tab = SpeechTab(studio, visitor)
+        timer = gr.Timer(TICK_SECONDS)
+        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        known = gr.State(False)
+        page.load(
+            lambda token: (token or secrets.token_urlsafe(24), True), visitor, [visitor, known], **quiet
+        )
+        timer.tick(lambda: _status(studio), None, chips, queue=False, **quiet)
+        tab.wire(known.change, timer.tick)
+        add_endpoints(studio)
+    return page
+
+
+def launch_options(studio: Studio) -> dict[str, Any]:
+    """What `Blocks.launch` needs, the same on a machine of one's own and on a Space."""
+    takes = studio.takes.folder
+    return {
+        "theme": theme(),
+        # Not as `css`: Gradio's prefixing takes selectors apart at the commas inside :is() and :has().
+        "head": f"<style>{asset('style.css')}</style>\n<script>{asset('page.js')}</script>",
+        "allowed_paths": [str(takes / "kept"), str(takes / "partial"), str(ASSETS)],
+        "favicon_path": str(ASSETS / "logo.svg"),
+        "footer_links": [],
+        "run_history": False,
+        "max_threads": OPEN_PAGES,
+        "state_session_capacity": SESSIONS,
+    }
+
+
+def _status(studio: Studio) -> str:
+    now: Status = studio.status()
+    # A CPU's device memory is RAM: one meter says it.
+    own = now.memory_total if now.memory_total != now.ram_total else 0
+    meters = [
+        (name, figures.size(used), figures.size(total), round(100 * used / total))
+        for name, used, total in (
+            ("Device memory", now.memory_used, own),
+            ("RAM", now.ram_used, now.ram_total),
+        )
+        if total
+    ]
+    queue = f"{now.queue} waiting" if now.queue else "empty"
+    return render("status", device=now.device or "starting", worker=now.worker, queue=queue, meters=meters)

@@ -1,0 +1,499 @@
+"""The Speech tab: one text, spoken by several engines side by side."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import tempfile
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from core.card import Ability, Card, Modality
+from core.errors import SoundstageError
+from core.requests import SEED_MAX, Order, SpeechRequest
+from core.studio import Studio
+from core.takes import Take
+from core.weights import Plan
+from demos import figures
+from demos.comparison import comparison
+from demos.parts import act_on, engine_picker, engines, option_controls, option_values, pane
+from demos.stage import Piece, Stage, stage, verdict
+from demos.tracks import download_name, longest, track
+from demos.views import ASSETS, address, asset, render
+
+TAKES_LISTED = 100
+FIRST_CHOICE = 2  # engines chosen when the page opens
+
+Form = Mapping[Any, Any]  # component -> its value
+
+
+class SpeechTab:
+    """Builds the tab inside the present Blocks; `wire` connects it once the visitor is known.
+
+    Args:
+        studio: the one door to everything behind the page.
+        visitor: the browser's token.
+    """
+
+    name = "Speech"
+
+    def __init__(self, studio: Studio, visitor: gr.BrowserState) -> None:
+        self.studio = studio
+        self.visitor = visitor
+        self.cards = {card.id: card for card in studio.cards(Modality.SPEECH)}
+        self.examples: dict[str, list[str]] = json.loads(asset("examples.json"))
+        self.voices: list[dict[str, str]] = json.loads(asset("voices/voices.json"))
+        self.sent = gr.State({})  # what this page shows by now, so that only changes travel
+        self.nudge = gr.State(0)  # a new number starts the watch
+        self._build()
+
+    # What stands where
+
+    def _build(self) -> None:
+        chosen = list(self.cards)[:FIRST_CHOICE]
+        gr.HTML(render("title"), apply_default_css=False)
+        self.banner = pane(elem_classes="slot")
+        with gr.Row(elem_classes="desk"):
+            with gr.Column(scale=7, min_width=320):
+                self._build_script()
+            with gr.Column(scale=5, min_width=320):
+                self._build_language()
+                self._build_voice()
+        self.picker = engine_picker(list(self.cards.values()), chosen, elem_id="engines")
+        self.licences = gr.CheckboxGroup(
+            label="Licences to accept", visible=False, elem_id="licences", elem_classes="plain-checks"
+        )
+        self.accepted = gr.BrowserState([], storage_key="soundstage-accepted", secret=self.studio.secret())
+        with gr.Row(elem_classes="action-bar"):
+            self.speak = gr.Button(
+                "Speak",
+                variant="primary",
+                interactive=False,
+                elem_classes="go",
+                elem_id="speak",
+                scale=0,
+                min_width=150,
+            )
+            self.stop = gr.Button("Stop", elem_id="stop", scale=0, min_width=90)
+            self.seed = gr.Number(
+                _new_seed(),
+                label="Seed for all",
+                precision=0,
+                minimum=0,
+                maximum=SEED_MAX,
+                min_width=130,
+                scale=0,
+            )
+            self.random = gr.Checkbox(
+                True, label="New seed at each press", elem_classes="inline-check", min_width=200
+            )
+        self.alert = pane(elem_id="alert", elem_classes="slot")
+        self._build_options(chosen)
+        self.status = gr.HTML(
+            "",
+            html_template='<p role="status" aria-live="polite">${value}</p>',
+            elem_id="say",
+            apply_default_css=False,
+        )
+        self.tracks = [pane(elem_classes="slot track-slot") for _ in self.cards]
+        self.comparison = pane(elem_classes="slot")
+        with gr.Row(elem_classes="exports", visible=False) as self.exports:
+            self.csv = gr.Button("Export CSV", size="sm", scale=0, min_width=130, elem_id="csv")
+            self.zip = gr.Button("Download all (zip)", size="sm", scale=0, min_width=170, elem_id="zip")
+        self.csv_file = gr.DownloadButton(visible="hidden", elem_id="csv-file")
+        self.zip_file = gr.DownloadButton(visible="hidden", elem_id="zip-file")
+        self.earlier = pane(elem_classes="slot")
+
+    def _build_script(self) -> None:
+        with gr.Group(elem_classes="script"):
+            self.text = gr.Textbox(
+                label="Text",
+                lines=6,
+                max_lines=16,
+                placeholder="What should they say?",
+                elem_id="text",
+                autofocus=True,
+            )
+            self.count = gr.HTML("0 characters", elem_id="count", apply_default_css=False)
+
+    def _build_language(self) -> None:
+        codes = sorted(
+            {c for card in self.cards.values() for c in card.languages} | {"en"}, key=figures.language
+        )
+        self.language = gr.Dropdown(
+            [(figures.language(c), c) for c in codes], value="en", label="Language", elem_id="language"
+        )
+        self.chips = gr.HTML(
+            self._chips("en"), js_on_load=_PICKS, apply_default_css=False, elem_id="examples"
+        )
+
+    def _build_voice(self) -> None:
+        with gr.Accordion("A voice to clone", open=False, elem_id="voice-fold"):
+            self.voice_chips = gr.HTML(
+                render(
+                    "chips",
+                    label="Example voices",
+                    name="voice",
+                    chips=[(v["id"], v["name"]) for v in self.voices],
+                ),
+                js_on_load=_PICKS,
+                apply_default_css=False,
+                elem_id="voices",
+            )
+            self.voice = gr.Audio(
+                sources=["upload", "microphone"],
+                type="filepath",
+                label="Reference recording",
+                elem_id="voice",
+                buttons=[],
+                waveform_options=gr.WaveformOptions(show_recording_waveform=True),
+            )
+            self.voice_text = gr.Textbox(
+                label="What is said in it",
+                lines=2,
+                info="Helps engines that align speech with text.",
+                elem_id="voice-text",
+            )
+            self.consent = gr.Checkbox(
+                False,
+                label="I may use this voice",
+                info="It is mine, or its speaker agreed.",
+                visible=False,
+                elem_id="consent",
+            )
+
+    def _build_options(self, chosen: Sequence[str]) -> None:
+        self.options: dict[str, dict[str, gr.components.Component]] = {}
+        self.option_groups: dict[str, gr.Group] = {}
+        with gr.Accordion("Advanced", open=False, elem_id="advanced"):
+            for card in self.cards.values():
+                with gr.Group(visible=card.id in chosen, elem_classes="options") as group:
+                    gr.HTML(render("options_title", card=card), apply_default_css=False)
+                    with gr.Row(elem_classes="option-grid"):
+                        self.options[card.id] = option_controls(card)
+                self.option_groups[card.id] = group
+
+    # What happens when
+
+    def wire(self, ready: Any, tick: Any) -> None:
+        """Connect the events.
+
+        Args:
+            ready: the event after which `visitor` holds a token.
+            tick: an event every few seconds.
+        """
+        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        ready(lambda: gr.Button(interactive=True), None, self.speak, **quiet)
+        self.text.change(None, [self.text, self.picker], self.count, js=self._counting())
+        self.picker.change(None, [self.text, self.picker], self.count, js=self._counting())
+        self.language.change(self._chips, self.language, self.chips, **quiet)
+        self.chips.select(self._take_example, self.language, self.text, **quiet)
+        self.voice_chips.select(self._take_voice, None, [self.voice, self.voice_text], **quiet)
+        self.voice.change(
+            lambda voice: gr.Checkbox(visible=bool(voice), value=False), self.voice, self.consent, **quiet
+        )
+        self.licences.change(lambda chosen: chosen, self.licences, self.accepted, **quiet)
+        gr.on(
+            [ready, tick, self.language.change, self.picker.change, self.voice.change],
+            self._fit,
+            [self.picker, self.language, self.voice, self.accepted, self.sent],
+            [self.picker, self.licences, self.banner, *self.option_groups.values()],
+            trigger_mode="always_last",
+            **quiet,
+        )
+        form = {
+            self.visitor, self.text, self.language, self.picker, self.voice, self.voice_text, self.consent,
+            self.seed, self.random, self.licences, *(c for o in self.options.values() for c in o.values()),
+        }  # fmt: skip
+        self.speak.click(self._speak, form, [self.alert, self.seed, self.nudge], **quiet)
+        self.stop.click(self._stop, self.visitor, self.nudge, **quiet)
+        act_on([*self.tracks, self.earlier], self._act, self.visitor, [self.alert, self.nudge])
+        gr.on(
+            [ready, tick, self.nudge.change],
+            self._watch,
+            [self.visitor, self.sent],
+            [*self.tracks, self.comparison, self.exports, self.earlier, self.status],
+            trigger_mode="always_last",
+            concurrency_limit=None,
+            **quiet,
+        )
+        for button, make, file in (
+            (self.csv, self._csv, self.csv_file),
+            (self.zip, self._zip, self.zip_file),
+        ):
+            button.click(make, self.visitor, file, **quiet).success(
+                None, js=f"() => document.querySelector('#{file.elem_id}').click()", **quiet
+            )
+
+    def _counting(self) -> str:
+        limits = json.dumps({card.id: card.text_limit for card in self.cards.values()})
+        return f"(text, chosen) => soundstage.count(text, chosen, {limits})"
+
+    def _chips(self, language: str) -> str:
+        texts = self.examples.get(language, [])
+        return render(
+            "chips", label="Examples", name="example", chips=[(str(i), t) for i, t in enumerate(texts)]
+        )
+
+    def _take_example(self, language: str, event: gr.EventData) -> str:
+        return self.examples[language][int(event.id)]
+
+    def _take_voice(self, event: gr.EventData) -> tuple[str, str]:
+        voice = next(voice for voice in self.voices if voice["id"] == event.id)
+        return str(ASSETS / "voices" / voice["file"]), voice["text"]
+
+    # Which engines fit
+
+    def _fit(
+        self, chosen: list[str], language: str, voice: str | None, accepted: list[str], sent: dict[str, Any]
+    ) -> list[Any]:
+        """Bring the picker, the licence boxes, the banner and the option groups up to date."""
+        plans = {card.id: self._plan(card) for card in self.cards.values()}
+        hindrances = {card.id: _hindrance(card, language, voice) for card in self.cards.values()}
+        content = engines(list(self.cards.values()), chosen, hindrances, plans)
+        needed = [e for e in chosen if self._asks_licence(self.cards[e], plans[e])]
+        banner = self._banner(plans)
+        state = {
+            "picker": (content, lambda: gr.HTML(content=content)),
+            "licences": ((needed, accepted), lambda: self._licence_boxes(needed, accepted)),
+            "banner": (banner, lambda: banner),
+            **{
+                f"options {engine}": (engine in chosen, lambda on=engine in chosen: gr.Group(visible=on))
+                for engine in self.option_groups
+            },
+        }
+        return [_changed(sent, name, value, update) for name, (value, update) in state.items()]
+
+    def _plan(self, card: Card) -> Plan | SoundstageError:
+        try:
+            return self.studio.weights_plan(card)
+        except SoundstageError as error:
+            return error
+
+    def _asks_licence(self, card: Card, plan: Plan | SoundstageError) -> bool:
+        licence = card.weights_licence
+        settled = self.studio.licences.accepted() | frozenset(self.studio.settings.accept_licences)
+        return bool(
+            licence
+            and licence.must_accept
+            and isinstance(plan, Plan)
+            and plan.real
+            and card.id not in settled
+        )
+
+    def _licence_boxes(self, needed: Sequence[str], accepted: Sequence[str]) -> gr.CheckboxGroup:
+        choices = []
+        for engine in needed:
+            licence = self.cards[engine].weights_licence
+            assert licence is not None
+            terms = "" if licence.commercial else ", for non-commercial use"
+            choices.append(
+                (f"I accept the {licence.name} of {self.cards[engine].name}'s weights{terms}", engine)
+            )
+        return gr.CheckboxGroup(choices, value=[e for e in needed if e in accepted], visible=bool(needed))
+
+    def _banner(self, plans: Mapping[str, Plan | SoundstageError]) -> str:
+        noise = [
+            self.cards[e].name
+            for e, plan in plans.items()
+            if isinstance(plan, Plan) and plan.kind == "miniature"
+        ]
+        return render("banner", names=noise) if noise else ""
+
+    # Press and watch
+
+    def _speak(self, form: Form) -> tuple[str, Any, Any]:
+        seed = _new_seed() if form[self.random] or form[self.seed] is None else int(form[self.seed])
+        orders = self._orders(form, seed)
+        faults = [fault for order in orders if (fault := self._fault(order))]
+        try:
+            if not faults:
+                self.studio.submit(orders, form[self.visitor])
+        except SoundstageError as error:
+            faults = [str(error)]
+        if faults:
+            return render("alert", faults=list(dict.fromkeys(faults))), gr.skip(), gr.skip()
+        return "", seed, _nudge()
+
+    def _orders(self, form: Form, seed: int) -> list[Order]:
+        voice = form[self.voice]
+        request = SpeechRequest(
+            text=form[self.text],
+            language=form[self.language],
+            voice=Path(voice) if voice else None,
+            voice_text=form[self.voice_text] if voice else "",
+            consent=bool(voice and form[self.consent]),
+        )
+        group = secrets.token_hex(8)
+        return [
+            Order(
+                engine=card.id,
+                request=request,
+                options=option_values(self.options[card.id], form, card),
+                seed=seed,
+                weights=self.studio.settings.weights,
+                accepted=frozenset(form[self.licences] or ()),
+                group=group,
+            )
+            for card in self.cards.values()
+            if card.id in form[self.picker] and not _hindrance(card, request.language, voice)[1]
+        ]
+
+    def _fault(self, order: Order) -> str:
+        try:
+            self.studio.check(order)
+        except SoundstageError as error:
+            return str(error)
+        return ""
+
+    def _stop(self, visitor: str) -> int:
+        self.studio.stop(visitor)
+        return _nudge()
+
+    def _act(self, visitor: str, event: gr.EventData) -> tuple[str, int]:
+        try:
+            match event.act:
+                case "stop":
+                    self.studio.stop(visitor, event.id)
+                case "again":
+                    self.studio.again(event.id, visitor)
+                case "delete":
+                    self.studio.delete(event.id, visitor)
+        except SoundstageError as error:
+            return render("alert", faults=[str(error)]), _nudge()
+        return "", _nudge()
+
+    async def _watch(self, visitor: str | None, sent: dict[str, Any]) -> AsyncIterator[list[Any]]:
+        """Show this browser's jobs and takes for as long as one of its jobs runs; only changes travel."""
+        if not visitor:
+            yield [gr.skip()] * (len(self.tracks) + 4)
+            return
+        if not sent.pop("whole", True):  # the last watch broke off: what it sent may not have arrived
+            sent.clear()
+        sent["whole"] = False
+        first = True
+        async for _ in self.studio.changes(visitor):
+            jobs = self.studio.jobs(visitor)
+            updates = self._view(stage(jobs, self._takes(visitor)), sent)
+            if first or any(update != gr.skip() for update in updates):
+                yield updates
+            first = False
+            if all(job.over for job in jobs):
+                break
+        sent["whole"] = True
+
+    def _takes(self, visitor: str) -> list[Take]:
+        return self.studio.list_takes(visitor, Modality.SPEECH, TAKES_LISTED)
+
+    def _view(self, shown: Stage, sent: dict[str, Any]) -> list[Any]:
+        span = longest(shown.slots)
+        finished = [slot.take for slot in shown.slots if slot.take]
+        html = [
+            track(slot, self.cards[slot.order.engine], span)
+            for slot in shown.slots
+            if slot.order.engine in self.cards
+        ]
+        html += [""] * (len(self.tracks) - len(html))
+        updates = [
+            _changed(sent, f"track {place}", text, lambda text=text: text) for place, text in enumerate(html)
+        ]
+        table = comparison(finished, self.cards)
+        rows = self._rows(shown.earlier)
+        say = _say(shown, self.cards)
+        return [
+            *updates,
+            _changed(sent, "comparison", table, lambda: table),
+            _changed(sent, "exports", bool(finished), lambda: gr.Row(visible=bool(finished))),
+            _changed(sent, "earlier", rows, lambda: rows),
+            _changed(sent, "say", say, lambda: say),
+        ]
+
+    def _rows(self, pieces: Sequence[Piece]) -> str:
+        return render("takes", rows=[self._row(p) for p in pieces if p.order.engine in self.cards])
+
+    def _row(self, piece: Piece) -> dict[str, Any]:
+        take, text = piece.take, piece.order.request.text
+        found = verdict(piece)
+        row = {
+            "id": piece.key if take is None else take.id,
+            "name": self.cards[piece.order.engine].name,
+            "excerpt": text if len(text) <= 80 else f"{text[:79].rstrip()}…",
+            "noise": piece.noise,
+            "verdict": found[1] if found else "",
+            "listen": "", "original": "", "download": "", "length": piece.state, "made": "not yet made",
+        }  # fmt: skip
+        if take:
+            row |= {
+                "listen": address(take.folder / take.media[0]["listen"]),
+                "original": address(take.folder / take.media[0]["file"]),
+                "download": download_name(take),
+                "length": figures.seconds(take.media[0]["seconds"]),
+                "made": figures.moment(take.made),
+            }
+        return row
+
+    # Files to take home
+
+    def _finished(self, visitor: str) -> list[str]:
+        shown = stage(self.studio.jobs(visitor), self._takes(visitor))
+        return [slot.take.id for slot in shown.slots if slot.take]
+
+    def _csv(self, visitor: str) -> str:
+        file = Path(tempfile.mkdtemp(prefix="soundstage-")) / "soundstage-runs.csv"
+        file.write_text(self.studio.as_csv(self._finished(visitor), visitor), encoding="utf-8")
+        return str(file)
+
+    def _zip(self, visitor: str) -> str:
+        file = Path(tempfile.mkdtemp(prefix="soundstage-")) / "soundstage-takes.zip"
+        return str(self.studio.export_zip(self._finished(visitor), visitor, file))
+
+
+_PICKS = """
+element.addEventListener('click', (event) => {
+  const chip = event.target.closest('[data-pick]');
+  if (chip) trigger('select', { id: chip.dataset.pick });
+});
+"""
+
+
+def _nudge() -> int:
+    return secrets.randbits(40)
+
+
+def _new_seed() -> int:
+    return secrets.randbelow(10**6)  # short enough to read out; any value up to SEED_MAX can be typed
+
+
+def _hindrance(card: Card, language: str, voice: str | None) -> tuple[str, bool]:
+    """What is in the way of this engine, in a word, and whether that rules it out."""
+    if card.languages and language not in card.languages:
+        return f"no {figures.language(language)}", True
+    if card.reference_required and not voice:
+        return "needs a voice", False
+    if voice and Ability.CLONE not in card.abilities:
+        return "own voice only", False
+    return "", False
+
+
+def _changed(sent: dict[str, Any], name: str, value: Any, update: Any) -> Any:
+    """The update, or nothing where the page shows this value already."""
+    if name in sent and sent[name] == value:
+        return gr.skip()
+    sent[name] = value
+    return update()
+
+
+def _say(shown: Stage, cards: Mapping[str, Card]) -> str:
+    """One line on how the press stands, for eyes and screen readers; it changes only when a state does."""
+    if not shown.slots:
+        return ""
+    ended = {"done": "done", "failed": "failed", "stopped": "stopped"}
+    counts = {word: sum(slot.state == state for slot in shown.slots) for state, word in ended.items()}
+    text = ", ".join(f"{number} {word}" for word, number in counts.items() if number)
+    busy = [cards[s.order.engine].name for s in shown.slots if s.state in ("loading", "running")]
+    waiting = sum(s.state == "queued" for s in shown.slots)
+    parts = [text, f"{', '.join(busy)} at work" if busy else "", f"{waiting} waiting" if waiting else ""]
+    return "; ".join(part for part in parts if part) + "."
