@@ -1,4 +1,4 @@
-"""What every engine must do, whichever it is: taken from the catalogue, so that a new one is held to it too."""
+"""What every engine must do, whichever it is: from the catalogue, so that a new one is held to it too."""
 
 from __future__ import annotations
 

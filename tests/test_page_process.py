@@ -1,4 +1,4 @@
-"""The page process stays light: no heavy library is imported by building the page or by any page-side module."""
+"""The page process stays light: building the whole page imports no heavy library."""
 
 from __future__ import annotations
 
