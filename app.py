@@ -320,8 +320,6 @@ def _quiet_libraries(log: Path) -> Iterator[TextIO]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 1 failure, 2 bad input."""
-    import click
-
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or (arguments[0].startswith("-") and arguments[0] != "--help"):
         arguments = ["serve", *arguments]
@@ -331,10 +329,11 @@ def main(arguments: list[str] | None = None) -> int:
         return int(result or 0)
     except BadInput as error:
         status, sentence = 2, str(error)
-    except click.ClickException as error:
-        status, sentence = 2, error.format_message()
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         return 130
+    except typer.TyperException as error:
+        # Its usage errors say more in a method of their own, which the public base class lacks.
+        status, sentence = 2, getattr(error, "format_message", error.__str__)()
     except SoundstageError as error:
         status, sentence = 1, str(error)
     except Exception as error:

@@ -485,12 +485,14 @@ def test_offline_falls_back_to_a_miniature_that_is_built_once(hub, resolve, tmp_
     assert builds() == 1
 
 
-@pytest.mark.parametrize("harm", ["truncated", "removed", "added"])
+@pytest.mark.parametrize("harm", ["truncated", "removed", "added", "overwritten"])
 def test_a_damaged_miniature_is_built_again(hub, resolve, harm):
     folder = resolve("miniature").folder
     before = {f.name: f.read_bytes() for f in folder.iterdir()}
     if harm == "truncated":
         (folder / "model.safetensors").write_bytes(b"\2")
+    elif harm == "overwritten":
+        (folder / "model.safetensors").write_bytes(bytes(len(before["model.safetensors"])))
     elif harm == "removed":
         (folder / "config.json").unlink()
     else:
@@ -547,6 +549,16 @@ def test_a_folder_that_is_not_this_checkpoint_names_what_it_lacks(tmp_path):
         weights.plan(card(), CHECKPOINT.model_copy(update={"also": (vocoder,)}), str(tmp_path), True)
     with pytest.raises(BadInput, match="There is no weights folder '/no/such'"):
         weights.plan(card(), CHECKPOINT, "/no/such", True)
+
+
+def test_a_given_folder_may_lack_an_optional_part_but_not_half_of_it(tmp_path):
+    write_checkpoint(tmp_path, 100)
+    listener = Checkpoint(repository="lab/listener", required=("vocab.json",), optional=True)
+    both = CHECKPOINT.model_copy(update={"also": (listener,)})
+    assert weights.plan(card(), both, str(tmp_path), False).kind == "folder"
+    (tmp_path / "listener").mkdir()
+    with pytest.raises(BadInput, match=r"it lacks listener/vocab\.json"):
+        weights.plan(card(), both, str(tmp_path), False)
 
 
 def truncate(file: Path, keep: int) -> None:

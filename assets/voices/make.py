@@ -110,15 +110,17 @@ def _bend(sound: Samples, rate: int, size: float, drift: float, chance: np.rando
     """Play at a speed around `size` that wanders by up to `drift`, a few times a second."""
     knots = chance.uniform(-1, 1, 3 + round(4 * len(sound) / rate / size))
     speed = size * (1 + drift * _smooth_between(knots, int(len(sound) / size)))
-    return np.interp(np.cumsum(speed), np.arange(len(sound)), sound)
+    bent: Samples = np.interp(np.cumsum(speed), np.arange(len(sound)), sound)
+    return bent
 
 
 def _breathe(sound: Samples, amount: float, chance: np.random.Generator) -> Samples:
     """Add noise from 1 to 8 kHz that follows the loudness of the voice."""
     noise = _shape(chance.normal(size=len(sound)), lambda hertz: (hertz > 1000) & (hertz < 8000))
     window = np.hanning(RATE // 50)
-    level = np.sqrt(np.convolve(sound**2, window / window.sum(), mode="same"))
-    return sound + amount * noise / noise.std() * level
+    level: Samples = np.sqrt(np.convolve(sound**2, window / window.sum(), mode="same"))
+    breath: Samples = amount * level * noise / noise.std()
+    return sound + breath
 
 
 def _soften(sound: Samples, loss: float) -> Samples:

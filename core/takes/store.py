@@ -272,7 +272,8 @@ class Takes:
     def _sweep(self) -> None:
         """Remove what servers that ended in the middle of a job left behind."""
         for lock in self._partial.glob("*.lock"):
-            with lock.open() as held, suppress(BlockingIOError):
+            # Still held by a running server, or just given up by one that closes.
+            with suppress(BlockingIOError, FileNotFoundError), lock.open() as held:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
                 lock.unlink()

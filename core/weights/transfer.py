@@ -97,7 +97,8 @@ def fetch(
 
     Args:
         meter: `done` grows by the bytes that are there, those of an earlier try included.
-        size: bytes expected; None takes what the server says.
+        size: bytes expected; None takes what the server says. Whether they are the right ones is for the
+            caller to verify.
         refuse: raises for an answer that is an error.
 
     Raises:
@@ -125,9 +126,6 @@ def fetch(
             if error.errno != errno.ENOSPC:
                 raise
             raise WeightsError(f"The disk of {partial.parent} is full; make room and try again.") from error
-    if size is not None and partial.stat().st_size != size:
-        partial.unlink()
-        raise WeightsError(f"{httpx.URL(url).path} did not arrive as announced; try again.")
     partial.replace(file)
 
 

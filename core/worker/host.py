@@ -287,7 +287,7 @@ class Host:
                 raise DoesNotFit(f"{card.name} does not fit the memory of {self.device.title}.") from None
             name = key.folder.name if key.folder else card.id
             raise WeightsError(
-                f"{card.name} could not load its checkpoint {name!r}: {_first_line(error)}"
+                f"{card.name} could not load its checkpoint {name!r}: {_in_short(error)}"
             ) from error
         return engine
 
@@ -327,16 +327,15 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "AcceleratorError")
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    text = lines[0] if lines else type(error).__name__
-    return text if len(text) <= 200 else text[:200] + "…"
+def _in_short(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + "…"
 
 
 def _reason(card: Card, error: Exception) -> str:
     if _is_out_of_memory(error):
         return f"{card.name} ran out of memory; ask for less at once, or choose a smaller checkpoint."
-    return f"{card.name} failed: {_first_line(error)}"
+    return f"{card.name} failed: {_in_short(error)}"
 
 
 def _versions() -> dict[str, str]:

@@ -259,7 +259,13 @@ def _of_another_shape(file: Path) -> None:
     np.save(file, np.zeros((2, 50), int))
 
 
-@pytest.mark.parametrize("damage", [_out_of_range, _pickled, _truncated, _of_another_shape, Path.unlink])
+def _of_three_codebooks(file: Path) -> None:
+    np.save(file.with_name("en_speaker_2_coarse_prompt.npy"), np.zeros((3, 75), int))
+
+
+@pytest.mark.parametrize(
+    "damage", [_of_three_codebooks, _out_of_range, _pickled, _truncated, _of_another_shape, Path.unlink]
+)
 def test_a_damaged_voice_is_named(folder: Path, damage: Any) -> None:
     damage(folder / "speaker_embeddings/v2/en_speaker_2_semantic_prompt.npy")
     engine = load("bark", folder)

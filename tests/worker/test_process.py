@@ -145,7 +145,7 @@ def test_a_failure_and_too_little_memory_are_told_in_a_sentence_each(bench):
     before = bench.worker.restarts
     bench.begin("fail")
     failed = bench.end()
-    assert failed.reason == "Unruly failed: a tensor was in the wrong place"
+    assert failed.reason == "Unruly failed: a tensor was in the wrong place and more lines"
     assert "RuntimeError" in failed.detail
     bench.begin("memory")
     assert "ran out of memory" in bench.end().reason

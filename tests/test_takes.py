@@ -389,7 +389,7 @@ def test_a_record_that_finds_no_room_leaves_nothing(tmp_path: Path) -> None:
 
 def _in_a_process(program: str, *arguments: object) -> str:
     here = Path(__file__).parent
-    path = os.pathsep.join([str(here.parents[1]), str(here)])
+    path = os.pathsep.join([str(here.parent), str(here)])
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
         capture_output=True,
