@@ -111,7 +111,8 @@
     take(sources, whole) {
       this.busy = this.busy.then(async () => {
         for (const source of sources.slice(this.seen)) {
-          await this.schedule(source, 0);
+          // Chunk files go when the whole is kept, which the page hears of a moment later.
+          if (this.gone || (this.gone = !(await this.schedule(source, 0)))) break;
           this.seen += 1;
         }
         if (whole && !this.ended) {
@@ -123,9 +124,9 @@
     }
     async schedule(source, from) {
       const answer = await fetch(source);
-      if (!answer.ok) throw new Error(`${answer.status} for ${source}`);
+      if (!answer.ok) return false;
       const buffer = await this.context.decodeAudioData(await answer.arrayBuffer());
-      if (buffer.duration <= from) return;
+      if (buffer.duration <= from) return true;
       const node = this.context.createBufferSource();
       node.buffer = buffer;
       node.connect(this.context.destination);
@@ -133,6 +134,7 @@
       node.start(this.next, from);
       this.next += buffer.duration - from;
       this.played += buffer.duration - from;
+      return true;
     }
     close() {
       this.context.close();

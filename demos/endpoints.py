@@ -1,4 +1,4 @@
-"""The public API of the Speech tab: `speech_generate` and `speech_compare`. Names and order are a contract."""
+"""The API of the Speech tab, `speech_generate` and `speech_compare`. Names and order are a contract."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def add_endpoints(studio: Studio) -> None:
         consent: bool = False,
         seed: float = -1,
     ) -> tuple[list[str], list[dict[str, Any]]]:
-        """Speak a text with several engines; returns the audio files and the records in the order of `engines`."""
+        """Speak a text with several engines; returns audio files and records in the order of `engines`."""
         request, one_seed = _request(text, language, voice, voice_text, consent), _seed(seed)
         takes = await _make(studio, [_order(engine, request, {}, one_seed, studio) for engine in engines])
         return [_file(take) for take in takes], [_record(take) for take in takes]

@@ -11,6 +11,7 @@ from core.card import Ability, Card
 from core.errors import SoundstageError
 from core.weights import Plan
 from demos import figures
+from demos.casting import Hindrance
 from demos.views import render
 
 # A press on anything with data-act becomes one select event with what to do and to which id.
@@ -47,27 +48,26 @@ def engine_picker(cards: Sequence[Card], chosen: Sequence[str], **settings: Any)
 def engines(
     cards: Sequence[Card],
     chosen: Sequence[str],
-    hindrances: Mapping[str, tuple[str, bool]],
+    hindrances: Mapping[str, Hindrance],
     plans: Mapping[str, Plan | SoundstageError],
 ) -> str:
     """The picker's HTML.
 
     Args:
-        hindrances: engine id -> a word or two on what is in the way, and whether it rules the engine out.
+        hindrances: engine id -> what is in its way.
         plans: engine id -> its weights, or why there are none.
     """
     shown = []
     for card in cards:
-        word, blocked = hindrances.get(card.id, ("", False))
-        plan = plans.get(card.id)
+        hindrance, plan = hindrances.get(card.id, Hindrance()), plans.get(card.id)
         shown.append(
             {
                 "id": card.id,
                 "name": card.name,
                 "summary": card.summary,
                 "facts": card_facts(card),
-                "hindrance": word,
-                "blocked": blocked,
+                "hindrance": hindrance.word,
+                "blocked": hindrance.blocks,
                 "chosen": card.id in chosen,
                 "weights": plan.sentence if isinstance(plan, Plan) else str(plan or ""),
                 "weights_kind": plan.kind if isinstance(plan, Plan) else "absent",

@@ -11,18 +11,19 @@ from typing import Any
 
 import gradio as gr
 
-from core.card import Ability, Card, Modality
+from core.card import Card, Modality
 from core.errors import SoundstageError
 from core.requests import SEED_MAX, Order, SpeechRequest
 from core.studio import Studio
 from core.takes import Take
-from core.weights import Plan
 from demos import figures
+from demos.casting import banner, hindrance, licences_to_accept, plans
 from demos.comparison import comparison
+from demos.earlier import earlier
 from demos.parts import act_on, engine_picker, engines, option_controls, option_values, pane
-from demos.stage import Piece, Stage, stage, verdict
-from demos.tracks import download_name, longest, track
-from demos.views import ASSETS, address, asset, render
+from demos.stage import Stage, stage
+from demos.tracks import longest, track
+from demos.views import ASSETS, asset, render
 
 TAKES_LISTED = 100
 FIRST_CHOICE = 2  # engines chosen when the page opens
@@ -105,7 +106,7 @@ class SpeechTab:
             self.zip = gr.Button("Download all (zip)", size="sm", scale=0, min_width=170, elem_id="zip")
         self.csv_file = gr.DownloadButton(visible="hidden", elem_id="csv-file")
         self.zip_file = gr.DownloadButton(visible="hidden", elem_id="zip-file")
-        self.earlier = pane(elem_classes="slot")
+        self.takes = pane(elem_classes="slot")
 
     def _build_script(self) -> None:
         with gr.Group(elem_classes="script"):
@@ -118,6 +119,9 @@ class SpeechTab:
                 autofocus=True,
             )
             self.count = gr.HTML("0 characters", elem_id="count", apply_default_css=False)
+        self.chips = gr.HTML(
+            self._chips("en"), js_on_load=_PICKS, apply_default_css=False, elem_id="examples"
+        )
 
     def _build_language(self) -> None:
         codes = sorted(
@@ -125,9 +129,6 @@ class SpeechTab:
         )
         self.language = gr.Dropdown(
             [(figures.language(c), c) for c in codes], value="en", label="Language", elem_id="language"
-        )
-        self.chips = gr.HTML(
-            self._chips("en"), js_on_load=_PICKS, apply_default_css=False, elem_id="examples"
         )
 
     def _build_voice(self) -> None:
@@ -210,12 +211,12 @@ class SpeechTab:
         }  # fmt: skip
         self.speak.click(self._speak, form, [self.alert, self.seed, self.nudge], **quiet)
         self.stop.click(self._stop, self.visitor, self.nudge, **quiet)
-        act_on([*self.tracks, self.earlier], self._act, self.visitor, [self.alert, self.nudge])
+        act_on([*self.tracks, self.takes], self._act, self.visitor, [self.alert, self.nudge])
         gr.on(
             [ready, tick, self.nudge.change],
             self._watch,
             [self.visitor, self.sent],
-            [*self.tracks, self.comparison, self.exports, self.earlier, self.status],
+            [*self.tracks, self.comparison, self.exports, self.takes, self.status],
             trigger_mode="always_last",
             concurrency_limit=None,
             **quiet,
@@ -251,57 +252,25 @@ class SpeechTab:
         self, chosen: list[str], language: str, voice: str | None, accepted: list[str], sent: dict[str, Any]
     ) -> list[Any]:
         """Bring the picker, the licence boxes, the banner and the option groups up to date."""
-        plans = {card.id: self._plan(card) for card in self.cards.values()}
-        hindrances = {card.id: _hindrance(card, language, voice) for card in self.cards.values()}
-        content = engines(list(self.cards.values()), chosen, hindrances, plans)
-        needed = [e for e in chosen if self._asks_licence(self.cards[e], plans[e])]
-        banner = self._banner(plans)
-        state = {
-            "picker": (content, lambda: gr.HTML(content=content)),
-            "licences": ((needed, accepted), lambda: self._licence_boxes(needed, accepted)),
-            "banner": (banner, lambda: banner),
-            **{
-                f"options {engine}": (engine in chosen, lambda on=engine in chosen: gr.Group(visible=on))
-                for engine in self.option_groups
-            },
-        }
-        return [_changed(sent, name, value, update) for name, (value, update) in state.items()]
-
-    def _plan(self, card: Card) -> Plan | SoundstageError:
-        try:
-            return self.studio.weights_plan(card)
-        except SoundstageError as error:
-            return error
-
-    def _asks_licence(self, card: Card, plan: Plan | SoundstageError) -> bool:
-        licence = card.weights_licence
-        settled = self.studio.licences.accepted() | frozenset(self.studio.settings.accept_licences)
-        return bool(
-            licence
-            and licence.must_accept
-            and isinstance(plan, Plan)
-            and plan.real
-            and card.id not in settled
+        planned = plans(self.studio, self.cards)
+        hindrances = {card.id: hindrance(card, language, bool(voice)) for card in self.cards.values()}
+        content = engines(list(self.cards.values()), chosen, hindrances, planned)
+        needed = licences_to_accept(self.studio, [self.cards[engine] for engine in chosen], planned)
+        boxes = gr.CheckboxGroup(
+            [(sentence, engine) for engine, sentence in needed.items()],
+            value=[engine for engine in needed if engine in accepted],
+            visible=bool(needed),
         )
-
-    def _licence_boxes(self, needed: Sequence[str], accepted: Sequence[str]) -> gr.CheckboxGroup:
-        choices = []
-        for engine in needed:
-            licence = self.cards[engine].weights_licence
-            assert licence is not None
-            terms = "" if licence.commercial else ", for non-commercial use"
-            choices.append(
-                (f"I accept the {licence.name} of {self.cards[engine].name}'s weights{terms}", engine)
-            )
-        return gr.CheckboxGroup(choices, value=[e for e in needed if e in accepted], visible=bool(needed))
-
-    def _banner(self, plans: Mapping[str, Plan | SoundstageError]) -> str:
-        noise = [
-            self.cards[e].name
-            for e, plan in plans.items()
-            if isinstance(plan, Plan) and plan.kind == "miniature"
+        notice = banner(self.cards, planned)
+        return [
+            _changed(sent, "picker", content, gr.HTML(content=content)),
+            _changed(sent, "licences", list(needed), boxes),
+            _changed(sent, "banner", notice, notice),
+            *(
+                _changed(sent, f"options of {engine}", engine in chosen, gr.Group(visible=engine in chosen))
+                for engine in self.option_groups
+            ),
         ]
-        return render("banner", names=noise) if noise else ""
 
     # Press and watch
 
@@ -339,7 +308,7 @@ class SpeechTab:
                 group=group,
             )
             for card in self.cards.values()
-            if card.id in form[self.picker] and not _hindrance(card, request.language, voice)[1]
+            if card.id in form[self.picker] and not hindrance(card, request.language, bool(voice)).blocks
         ]
 
     def _fault(self, order: Order) -> str:
@@ -386,54 +355,24 @@ class SpeechTab:
         sent["whole"] = True
 
     def _takes(self, visitor: str) -> list[Take]:
-        return self.studio.list_takes(visitor, Modality.SPEECH, TAKES_LISTED)
+        kept = self.studio.list_takes(visitor, Modality.SPEECH, TAKES_LISTED)
+        return [take for take in kept if take.engine in self.cards]  # an engine may have been removed
 
     def _view(self, shown: Stage, sent: dict[str, Any]) -> list[Any]:
         span = longest(shown.slots)
         finished = [slot.take for slot in shown.slots if slot.take]
-        html = [
-            track(slot, self.cards[slot.order.engine], span)
-            for slot in shown.slots
-            if slot.order.engine in self.cards
-        ]
+        html = [track(slot, self.cards[slot.order.engine], span) for slot in shown.slots]
         html += [""] * (len(self.tracks) - len(html))
-        updates = [
-            _changed(sent, f"track {place}", text, lambda text=text: text) for place, text in enumerate(html)
-        ]
         table = comparison(finished, self.cards)
-        rows = self._rows(shown.earlier)
+        rows = earlier(shown.earlier, self.cards)
         say = _say(shown, self.cards)
         return [
-            *updates,
-            _changed(sent, "comparison", table, lambda: table),
-            _changed(sent, "exports", bool(finished), lambda: gr.Row(visible=bool(finished))),
-            _changed(sent, "earlier", rows, lambda: rows),
-            _changed(sent, "say", say, lambda: say),
+            *(_changed(sent, f"track {place}", text, text) for place, text in enumerate(html)),
+            _changed(sent, "comparison", table, table),
+            _changed(sent, "exports", bool(finished), gr.Row(visible=bool(finished))),
+            _changed(sent, "earlier", rows, rows),
+            _changed(sent, "say", say, say),
         ]
-
-    def _rows(self, pieces: Sequence[Piece]) -> str:
-        return render("takes", rows=[self._row(p) for p in pieces if p.order.engine in self.cards])
-
-    def _row(self, piece: Piece) -> dict[str, Any]:
-        take, text = piece.take, piece.order.request.text
-        found = verdict(piece)
-        row = {
-            "id": piece.key if take is None else take.id,
-            "name": self.cards[piece.order.engine].name,
-            "excerpt": text if len(text) <= 80 else f"{text[:79].rstrip()}…",
-            "noise": piece.noise,
-            "verdict": found[1] if found else "",
-            "listen": "", "original": "", "download": "", "length": piece.state, "made": "not yet made",
-        }  # fmt: skip
-        if take:
-            row |= {
-                "listen": address(take.folder / take.media[0]["listen"]),
-                "original": address(take.folder / take.media[0]["file"]),
-                "download": download_name(take),
-                "length": figures.seconds(take.media[0]["seconds"]),
-                "made": figures.moment(take.made),
-            }
-        return row
 
     # Files to take home
 
@@ -467,23 +406,12 @@ def _new_seed() -> int:
     return secrets.randbelow(10**6)  # short enough to read out; any value up to SEED_MAX can be typed
 
 
-def _hindrance(card: Card, language: str, voice: str | None) -> tuple[str, bool]:
-    """What is in the way of this engine, in a word, and whether that rules it out."""
-    if card.languages and language not in card.languages:
-        return f"no {figures.language(language)}", True
-    if card.reference_required and not voice:
-        return "needs a voice", False
-    if voice and Ability.CLONE not in card.abilities:
-        return "own voice only", False
-    return "", False
-
-
 def _changed(sent: dict[str, Any], name: str, value: Any, update: Any) -> Any:
     """The update, or nothing where the page shows this value already."""
     if name in sent and sent[name] == value:
         return gr.skip()
     sent[name] = value
-    return update()
+    return update
 
 
 def _say(shown: Stage, cards: Mapping[str, Card]) -> str:

@@ -1,4 +1,4 @@
-"""What stands on a tab's stage: the newest press of this browser, one slot an engine; and what came before."""
+"""What stands on a tab's stage: this browser's newest press, one slot an engine; and what came before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One engine's result as a track: player, waveform and mel spectrogram on a time axis shared by all tracks."""
+"""One result as a track: player, waveform and mel spectrogram on a time axis shared by all tracks."""
 
 from __future__ import annotations
 
