@@ -8,8 +8,8 @@ import secrets
 import shutil
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 State = Literal["queued", "loading", "running", "done", "failed", "stopped"]
 ENDED: frozenset[State] = frozenset({"done", "failed", "stopped"})
 KEPT_PER_VISITOR = 40  # ended jobs that a reload finds; their takes stay on disk
-KEPT_IN_ALL = 2000
+KEPT_IN_ALL = 500  # each holds about 60 kB, most of it the peaks of its take
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A request on its way."""
 
@@ -79,26 +79,39 @@ class Job:
         return max(0.0, self.expected - (time.time() - self.started if self.started else 0.0))
 
 
-def choose(
-    heads: Sequence[Job], loaded: Sequence[str], turns: dict[str, int], patience: int
-) -> tuple[Job, list[Job]]:
-    """Which job goes next, and which ones it passes over.
-
-    Visitors take turns: the one served longest ago goes first, by arrival among equals. A job whose engine is
-    loaded may go before its turn, unless that would pass a job over more than `patience` times.
+def line_up(waiting: Sequence[Job], turns: Mapping[str, int]) -> list[Job]:
+    """Waiting jobs in the order of fairness: visitors take turns, each with its own jobs by arrival.
 
     Args:
-        heads: each visitor's first waiting job, by arrival.
-        loaded: engine ids.
-        turns: visitor -> number of the turn it was last served in.
+        waiting: by arrival.
+        turns: visitor -> number of the turn it was last served in; a newcomer has that of its arrival, so
+            that no stream of newcomers keeps those waiting who were there before.
     """
-    fair = sorted(heads, key=lambda job: turns.get(job.visitor, -1))  # stable: arrival stays
-    for place, job in enumerate(fair):
+    rounds: Counter[str] = Counter()
+    places: dict[str, tuple[int, int]] = {}
+    for job in waiting:
+        places[job.id] = (rounds[job.visitor], turns[job.visitor])
+        rounds[job.visitor] += 1
+    return sorted(waiting, key=lambda job: places[job.id])
+
+
+def choose(line: Sequence[Job], loaded: Sequence[str], patience: int) -> tuple[Job, list[Job]]:
+    """Which job goes next, and which ones it passes over.
+
+    A job whose engine is loaded may go before its turn, but not before another one of its visitor, and not
+    where a job would be passed over more than `patience` times.
+
+    Args:
+        line: from `line_up`.
+        loaded: engine ids.
+    """
+    heads = line[: len({job.visitor for job in line})]  # the first round: one of each visitor
+    for place, job in enumerate(heads):
         if job.order.engine in loaded:
-            return job, fair[:place]
+            return job, list(heads[:place])
         if job.passed_over >= patience:
             break
-    return fair[0], []
+    return heads[0], []
 
 
 class Jobs:
@@ -147,16 +160,17 @@ class Jobs:
         Raises:
             BadInput: the visitor has too many waiting jobs.
         """
+        jobs = [
+            Job(secrets.token_urlsafe(16), visitor, order, expected=self._foretell(order)) for order in orders
+        ]
         with self._lock:
             mine = sum(job.visitor == visitor for job in self._waiting)
             if mine + len(orders) > self._limit:
                 raise BadInput(
                     f"{mine} of your jobs are waiting already, and {self._limit} may; stop some or wait."
                 )
-            jobs = [Job(secrets.token_urlsafe(16), visitor, order) for order in orders]
-            for job in jobs:
-                job.expected = self._expect(job.order)
-                self._jobs[job.id] = job
+            self._turns.setdefault(visitor, next(self._turn))
+            self._jobs.update((job.id, job) for job in jobs)
             self._waiting += jobs
             self._dispatch()
         self._tell_everyone()
@@ -169,12 +183,13 @@ class Jobs:
                 job for job in self._jobs.values()
                 if job.visitor == visitor and not job.over and job_id in (None, job.id)
             ]  # fmt: skip
-            for job in mine:
+            for job in reversed(mine):  # the running one last, or the next of them would take its place
                 if job in self._waiting:
                     self._waiting.remove(job)
                     self._end(job, Stopped())
                 else:
                     self._worker.stop(job.id)
+            self._dispatch()
         self._tell_everyone()
         return len(mine)
 
@@ -215,29 +230,47 @@ class Jobs:
     def _dispatch(self) -> None:
         """Hand the worker its next job, if it is free and one waits. Called with the lock held."""
         while self._running is None and self._waiting:
-            heads = list({job.visitor: job for job in reversed(self._waiting)}.values())[::-1]
             pulse = self._worker.pulse
-            job, passed = choose(heads, pulse.loaded if pulse else (), self._turns, self._patience)
+            line = line_up(self._waiting, self._turns)
+            job, passed = choose(line, pulse.loaded if pulse else (), self._patience)
             for other in passed:
                 other.passed_over += 1
             self._waiting.remove(job)
             self._turns[job.visitor] = next(self._turn)
             try:
-                job.folder = self._new_folder(job.id)
+                self._begin(job)
             except SoundstageError as error:
                 self._end(job, Failed(str(error)))
-                continue
-            job.expected = self._expect(job.order)
-            job.started = time.time()
-            job.state = "loading"
-            job.event = Loading("Starting")
-            self._running = job
-            self._worker.run(job.id, job.order, job.folder, self._online(job.order))
+            except Exception as error:  # one job's fault must not end the queue
+                log.exception("could not start job %s", job.id)
+                self._end(job, Failed(f"The job could not be started: {error}"))
         wait = self._running.seconds_left if self._running else None
-        for place, job in enumerate(self._waiting):
+        for place, job in enumerate(line_up(self._waiting, self._turns)):
             job.position = place
             job.event = Queued(place, wait)
             wait = None if wait is None or job.expected is None else wait + job.expected
+
+    def _begin(self, job: Job) -> None:
+        job.folder = self._new_folder(job.id)
+        job.expected = self._foretell(job.order)
+        online = self._online(job.order)
+        job.started = time.time()
+        job.state = "loading"
+        job.event = Loading("Starting")
+        self._running = job
+        try:
+            self._worker.run(job.id, job.order, job.folder, online)
+        except BaseException:
+            self._running = None
+            raise
+
+    def _foretell(self, order: Order) -> float | None:
+        """A forecast is a courtesy: a job goes its way without one."""
+        try:
+            return self._expect(order)
+        except Exception as error:
+            log.warning("no forecast for a job of %s: %s", order.engine, error)
+            return None
 
     def _hear(self, job_id: str, event: Event) -> None:
         """The worker's word on the running job."""
@@ -297,7 +330,10 @@ class Jobs:
         with self._lock:
             callbacks = list(self._listeners.get(visitor, ()))
         for callback in callbacks:
-            callback()
+            try:
+                callback()
+            except Exception:  # a watcher's fault, such as an event loop that was closed, is not the queue's
+                log.exception("a watcher of jobs failed")
 
     def _tell_everyone(self) -> None:
         """Positions changed."""

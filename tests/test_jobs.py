@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from core.errors import BadInput
 from core.events import Failed, Finished, Step, Stopped
-from core.jobs import Job, Jobs, choose
+from core.jobs import Job, Jobs, choose, line_up
 from core.requests import Order, SpeechRequest
 from core.worker.process import Pulse
 
@@ -125,9 +125,40 @@ def test_two_visitors_alternating_two_engines_switch_less_than_first_come_order(
     assert switches <= 20
 
 
-def test_the_longest_waiting_visitor_goes_first_when_nothing_is_loaded():
-    heads = [Job("1", "x", order()), Job("2", "y", order())]
-    assert choose(heads, (), {"x": 3, "y": 2}, PATIENCE) == (heads[1], [])
+def test_visitors_take_turns_the_longest_waiting_first():
+    x1, x2, y1, z1 = (Job(name, name[0], order()) for name in ("x1", "x2", "y1", "z1"))
+    line = line_up([x1, x2, y1, z1], {"x": 3, "y": 2, "z": 4})
+    assert line == [y1, x1, z1, x2]
+    assert choose(line, (), PATIENCE) == (y1, [])
+
+
+def test_a_loaded_engine_goes_before_other_visitors_but_not_before_its_own_visitors_jobs():
+    x1, x2, y1, y2 = (Job(*names, order(engine)) for *names, engine in ("1xa", "2xc", "3yb", "4yc"))
+    line = line_up([x1, x2, y1, y2], {"x": 0, "y": 1})
+    assert choose(line, ("b",), PATIENCE) == (y1, [x1])
+    assert choose(line, ("c",), PATIENCE) == (x1, [])
+
+
+def test_a_stream_of_newcomers_does_not_keep_a_visitor_waiting():
+    worker = HandWorker()
+    jobs = queue(worker)
+    mine = jobs.submit([order()] * 3, "x")
+    for turn in range(10):
+        jobs.submit([order()], f"newcomer {turn}")
+        jobs.submit([order()], f"another {turn}")
+        worker.end()
+    assert [job.over for job in mine] == [True, True, True]
+
+
+def test_positions_tell_whose_turn_it_is_and_follow_a_stop():
+    jobs = queue(HandWorker())
+    jobs.submit([order()], "w")  # runs
+    _, x2, x3 = jobs.submit([order()] * 3, "x")
+    [y1] = jobs.submit([order()], "y")
+    assert (y1.position, x2.position, x3.position) == (1, 2, 3)
+    jobs.stop("x", x2.id)
+    assert (y1.position, x3.position) == (1, 2)
+    assert y1.event.position == 1
 
 
 def test_a_stop_reaches_only_the_visitors_own_jobs():
@@ -204,6 +235,51 @@ def test_a_take_that_cannot_be_kept_fails_its_job_only(tmp_path):
     assert job.state == "failed" and "the disk is on fire" in job.reason
     assert not folder.exists()
     assert worker.job == later.id
+
+
+def test_a_job_that_cannot_be_handed_over_fails_alone(monkeypatch):
+    worker = HandWorker()
+    jobs = queue(worker)
+    [first] = jobs.submit([order()], "x")
+    [bad, good] = jobs.submit([order("b"), order("c")], "x")
+    run = worker.run
+
+    def refuse(job, order, folder, online):
+        if order.engine == "b":
+            raise TypeError("cannot pickle it")
+        run(job, order, folder, online)
+
+    monkeypatch.setattr(worker, "run", refuse)
+    worker.end()
+    assert first.over and bad.state == "failed" and "cannot pickle it" in bad.reason
+    assert worker.job == good.id
+
+
+def test_no_fault_around_the_queue_stops_it(monkeypatch):
+    worker = HandWorker()
+    jobs = queue(worker)
+
+    def fault(*_):
+        raise RuntimeError("Event loop is closed")
+
+    jobs.listen("x", fault)
+    monkeypatch.setattr(jobs, "_expect", fault)
+    first, second = jobs.submit([order(), order()], "x")
+    assert worker.job == first.id
+    worker.end()
+    assert worker.job == second.id
+    monkeypatch.setattr(jobs, "_new_folder", fault)
+    third, fourth = jobs.submit([order(), order()], "x")
+    worker.end()
+    assert (third.state, fourth.state, jobs.waiting) == ("failed", "failed", 0)
+
+
+def test_stopping_everything_starts_nothing():
+    worker = HandWorker()
+    jobs = queue(worker)
+    jobs.submit([order()] * 3, "x")
+    assert jobs.stop("x") == 3
+    assert worker.engines == ["a"] and worker.job is None
 
 
 def test_old_ended_jobs_are_forgotten():
