@@ -17,6 +17,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from core.errors import BadInput, SoundstageError
+from core.logs import new_log
 from core.settings import Settings
 
 COMMAND_LINE_VISITOR = "command-line"
@@ -177,7 +178,7 @@ def generate(
         seed=secrets.randbelow(SEED_MAX) if seed is None else seed,
         weights=weights,
     )
-    with _quiet_libraries(settings.home / "logs" / f"generate-{os.getpid()}.log") as terminal:
+    with _quiet_libraries(new_log(settings.home, "generate")) as terminal:
         studio = Studio(settings)
         try:
             [job] = studio.submit([order], COMMAND_LINE_VISITOR)
@@ -299,7 +300,6 @@ def _clear_line(terminal: TextIO) -> None:
 @contextmanager
 def _quiet_libraries(log: Path) -> Iterator[TextIO]:
     """Send what libraries print, from Python and from C, to a file; yields the real standard error."""
-    log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [os.dup(1), os.dup(2)]

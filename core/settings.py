@@ -41,7 +41,9 @@ def _data_folder() -> Path:
 
 
 class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="SOUNDSTAGE_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="SOUNDSTAGE_", env_ignore_empty=True, frozen=True, extra="forbid"
+    )
 
     home: Folder = Field(default_factory=_data_folder, description="takes, licence acceptances, logs")
     cache: Folder = Field(
@@ -49,7 +51,9 @@ class Settings(BaseSettings):
         description="miniatures, which can be built again at any time",
     )
     weights: str = Field("auto", description="auto, hub, miniature, or a checkpoint folder")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps"
+    )
     memory_budget: Annotated[int | None, BeforeValidator(parse_bytes)] = Field(
         None, description="plan as if the device had this many bytes"
     )

@@ -124,6 +124,17 @@ def test_a_crash_takes_one_job_and_nothing_else(studio):
     assert "crashed" in jobs[1].reason
 
 
+def test_an_inline_studio_that_closes_stops_the_job_in_progress(tmp_path):
+    from core.settings import Settings
+
+    inline = Studio(
+        Settings(home=tmp_path, cache=tmp_path, device="cpu", engine_modules=("tests.unruly",), inline=True)
+    )
+    [job] = inline.submit([order(options={"steps": 100_000})], "anna")
+    inline.close()
+    assert job.state == "stopped"
+
+
 def test_the_licence_gate_opens_by_acceptance_only(studio, monkeypatch, tmp_path):
     card = studio.catalog.card("unruly")
     gated = card.model_copy(

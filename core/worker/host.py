@@ -48,6 +48,7 @@ from core.worker.outputs import save
 from core.worker.residency import Key, Residency
 
 PULSE_SECONDS = 2.0
+LOG_LIMIT = 4_000_000  # bytes; a log that outgrows it begins anew
 EVENTS_PER_SECOND = 10.0  # of steps; an eye sees no more
 LIBRARIES = ("torch", "transformers", "coqui-tts", "f5-tts")  # whose versions go into a take
 
@@ -137,6 +138,7 @@ class Host:
         self._found: dict[tuple[str, Checkpoint, str, bool], weights.Resolved] = {}
         self._stopping = threading.Lock()
         self._turn = threading.Lock()
+        self._warm = False
         self.residency = Residency(self._room_bytes, self._settle, self._device_used, tell)
 
     @property
@@ -145,6 +147,14 @@ class Host:
         if self._device is None:
             self._device = Device(self._settings.device, self._settings.model_threads)
         return self._device
+
+    def warm_up(self) -> None:
+        """Import torch now. What hinders it is told by each job that needs a device."""
+        try:
+            _ = self.device
+        except Exception:
+            traceback.print_exc()
+        self._warm = True
 
     def stop(self, job: str) -> None:
         """Ask a job to stop at its next step, or before it starts."""
@@ -170,7 +180,7 @@ class Host:
             ram_used=ram,
             ram_total=ram_total(),
             loaded=self.residency.loaded,
-            ready=device is not None,
+            ready=self._warm,
         )
 
     def run(self, job: RunJob) -> None:
@@ -188,7 +198,7 @@ class Host:
                 last = Stopped()
             except SoundstageError as error:
                 last = Failed(str(error), bad_input=isinstance(error, BadInput))
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # a library may think it owns the process
                 # Formatted here and dropped: a kept traceback would keep the model alive.
                 last = Failed(_reason(self._catalog.card(job.order.engine), error), traceback.format_exc())
                 broken = True
@@ -334,16 +344,16 @@ class Meter:
         }
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "AcceleratorError")
 
 
-def _in_short(error: Exception) -> str:
+def _in_short(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + "…"
 
 
-def _reason(card: Card, error: Exception) -> str:
+def _reason(card: Card, error: BaseException) -> str:
     if _is_out_of_memory(error):
         return f"{card.name} ran out of memory; ask for less at once, or choose a smaller checkpoint."
     return f"{card.name} failed: {_in_short(error)}"
@@ -371,7 +381,7 @@ def main(pipe: Connection, settings: Settings, log: Path) -> None:
     todo: queue.SimpleQueue[ToWorker] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, host, todo), daemon=True).start()
     threading.Thread(target=_beat, args=(host, tell), daemon=True).start()
-    _ = host.device  # import torch now, while the visitor still types
+    host.warm_up()  # while the visitor still types
     tell(host.pulse())
     while not isinstance(message := todo.get(), Quit):
         if isinstance(message, RunJob):
@@ -379,13 +389,14 @@ def main(pipe: Connection, settings: Settings, log: Path) -> None:
         elif isinstance(message, Unload):
             host.unload(message.engine)
         tell(host.pulse())
+        if os.fstat(1).st_size > LOG_LIMIT:
+            os.ftruncate(1, 0)
     host.unload()
 
 
 def _write_output_to(log: Path) -> None:
     """Send what libraries print, and the stack of a crash, to a file."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout = os.fdopen(1, "w", buffering=1)

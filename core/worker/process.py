@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
-import os
 import signal
 import threading
 import time
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from core.events import Event, Failed, Finished, Stopped
+from core.logs import new_log
 from core.requests import Order
 from core.settings import Settings
 from core.worker.messages import (
@@ -30,6 +31,8 @@ from core.worker.messages import (
 )
 
 __all__ = ["InlineWorker", "Listener", "Pulse", "Released", "State", "Worker", "WorkerProcess"]
+
+log = logging.getLogger(__name__)
 
 State = Literal["starting", "ready", "busy", "restarting", "closed"]
 Listener = Callable[[str, Event], None]  # (job, event)
@@ -90,6 +93,7 @@ class WorkerProcess:
     def start(self, listener: Listener) -> None:
         """Start the process; returns at once."""
         self._listener = listener
+        self._log = new_log(self._settings.home, "worker")
         self._spawn()
         self._watcher = threading.Thread(target=self._watch, name="worker-watch", daemon=True)
         self._watcher.start()
@@ -102,10 +106,11 @@ class WorkerProcess:
         """Begin a job; its events come to the listener. Only one may run at a time."""
         with self._lock:
             assert self._current is None, "the worker runs one job at a time"
-            self._current = _Current(RunJob(job, order, folder, online), time.monotonic())
+            current = _Current(RunJob(job, order, folder, online), time.monotonic())
+            self._send(current.message)
+            self._current = current
             if self.state == "ready":
                 self.state = "busy"
-            self._send(self._current.message)
 
     def stop(self, job: str) -> None:
         """Ask the running job to stop; it is killed if it does not within the grace."""
@@ -135,6 +140,7 @@ class WorkerProcess:
         self._process.kill()
         self._process.join()
         self._watcher.join(2)
+        self._pipe.close()
 
     def _send(self, message: ToWorker) -> None:
         with suppress(OSError):  # the process is gone; the watcher says so and starts another
@@ -143,11 +149,12 @@ class WorkerProcess:
     def _spawn(self) -> None:
         from core.worker import _child
 
-        log = self._settings.home / "logs" / f"worker-{os.getpid()}.log"
-        self._log = log
         self._pipe, child_end = self._context.Pipe()
         self._process = self._context.Process(
-            target=_child.run, args=(child_end, self._settings, log), name="soundstage-worker", daemon=True
+            target=_child.run,
+            args=(child_end, self._settings, self._log),
+            name="soundstage-worker",
+            daemon=True,
         )
         self._process.start()
         child_end.close()
@@ -155,19 +162,28 @@ class WorkerProcess:
 
     def _watch(self) -> None:
         while not self._closing:
-            pipe, process = self._pipe, self._process
+            try:
+                self._look()
+            except Exception:  # without this thread, every job to come would wait for ever
+                log.exception("watching the worker process failed")
+                time.sleep(_TICK)
+
+    def _look(self) -> None:
+        """Wait a moment for messages, and for what may have become of the process."""
+        pipe, process = self._pipe, self._process
+        with suppress(OSError):  # the pipe is closed: `_read` finds that too
             wait([pipe, process.sentinel], timeout=_TICK)
-            gone = not self._read(pipe)
-            if self._closing:
-                return
-            if gone or not process.is_alive():
-                process.join(1)
-                self._replace(self._cause_of_death(process.exitcode))
-            elif verdict := self._overdue():
-                process.kill()
-                process.join()
-                self._read(pipe)
-                self._replace(verdict)
+        gone = not self._read(pipe)
+        if self._closing:
+            return
+        if gone or not process.is_alive():
+            process.join(1)
+            self._replace(self._cause_of_death(process.exitcode))
+        elif verdict := self._overdue():
+            process.kill()
+            process.join()
+            self._read(pipe)
+            self._replace(verdict)
 
     def _read(self, pipe: Connection) -> bool:
         """Take in all messages there are; False once the other end is closed."""
@@ -190,7 +206,9 @@ class WorkerProcess:
                         if self._current:
                             self._current.heard = self._beat  # the job's own time begins now
         elif isinstance(message, Released):
-            self._leaky = self._leaky or not message.clean
+            with self._lock:
+                self._leaky = self._leaky or not message.clean
+                self._end_leaky()
         elif isinstance(message, JobEvent):
             self._hear_event(message.job, message.event)
 
@@ -205,10 +223,13 @@ class WorkerProcess:
                 self._current = None
                 if self.state == "busy":
                     self.state = "ready"
-                if self._leaky:
-                    # A release left something behind: only a new process gives that memory back.
-                    self._process.kill()
+                self._end_leaky()
         self._listener(job, event)
+
+    def _end_leaky(self) -> None:
+        """A release left something behind: only a new process gives that memory back."""
+        if self._leaky and self._current is None:
+            self._process.kill()
 
     def _overdue(self) -> Event | None:
         """Why the process has to be ended, if it has."""
@@ -234,7 +255,8 @@ class WorkerProcess:
         if code == -signal.SIGKILL:
             reason = "The worker process was killed, most likely because the machine ran out of memory."
         elif code is not None and code < 0:
-            reason = f"The worker process crashed ({signal.Signals(-code).name})."
+            names = {number.value: number.name for number in signal.Signals}
+            reason = f"The worker process crashed ({names.get(-code, f'signal {-code}')})."
         else:
             reason = f"The worker process ended by itself (exit code {code})."
         return Failed(reason, self._log_tail())
@@ -257,21 +279,31 @@ class WorkerProcess:
                 lost = None  # the process died before it took the job up; the next one gets it
             else:
                 self._current = None
+        while not self._start_again():
+            pass
+        if lost:
+            self._listener(lost.job, verdict)
+
+    def _start_again(self) -> bool:
+        """Spawn, and hand over a job that waits for it; False if the system has no process to give."""
         self._early_deaths += 1  # back to 0 at the first ready pulse
         if self._early_deaths > 1:
             # A process that cannot even start must not be started in a tight loop.
-            time.sleep(min(_LONGEST_BACKOFF, 2.0 ** (self._early_deaths - 2)))
+            time.sleep(min(_LONGEST_BACKOFF, 2.0 ** min(self._early_deaths - 2, 8)))
         with self._lock:
             if self._closing:
-                return
+                return True
             self.restarts += 1
-            self._spawn()
+            try:
+                self._spawn()
+            except OSError as error:
+                log.error("a new worker process cannot be started: %s", error)
+                return False
             if self._current:
                 self._current.sent += 1
                 self._current.heard = time.monotonic()
                 self._send(self._current.message)
-        if lost:
-            self._listener(lost.job, verdict)
+        return True
 
 
 class InlineWorker:
@@ -279,6 +311,8 @@ class InlineWorker:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._job = ""
+        self._thread: threading.Thread | None = None
         self.state: State = "ready"
 
     def start(self, listener: Listener) -> None:
@@ -298,8 +332,11 @@ class InlineWorker:
 
     def run(self, job: str, order: Order, folder: Path, online: bool) -> None:
         self.state = "busy"
-        message = RunJob(job, order, folder, online)
-        threading.Thread(target=self._host.run, args=(message,), daemon=True).start()
+        self._job = job
+        self._thread = threading.Thread(
+            target=self._host.run, args=(RunJob(job, order, folder, online),), daemon=True
+        )
+        self._thread.start()
 
     def stop(self, job: str) -> None:
         self._host.stop(job)
@@ -308,5 +345,11 @@ class InlineWorker:
         self._host.unload(engine)
 
     def close(self) -> None:
-        self._host.unload()
+        """Stop the job in progress. One that does not heed it within the grace is left to end by itself."""
         self.state = "closed"
+        if self._thread:
+            self._host.stop(self._job)
+            self._thread.join(self._settings.cancel_grace)
+            if self._thread.is_alive():
+                return
+        self._host.unload()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import weakref
@@ -13,6 +14,8 @@ from typing import Any
 
 from core.engines.base import Engine, Placement
 from core.worker.messages import Released
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,10 @@ class Residency:
             resident = self._residents.pop(key)
             assert not resident.leases, f"{key.engine} is leased"
             references, only = resident.parameters, not self._residents
-            resident.engine.close()
+            try:
+                resident.engine.close()
+            except Exception:  # it must not become the fault of the job that needs the room
+                log.exception("%s did not close cleanly", key.engine)
             vars(resident.engine).clear()
             before = resident.device_before
             del resident

@@ -74,6 +74,12 @@ def test_an_engine_that_failed_is_not_used_again(stage):
     assert released.clean, "the failure's traceback kept the model alive"
 
 
+def test_a_library_that_ends_the_process_ends_only_its_job(stage):
+    failed = stage.run("quit")[-1]
+    assert isinstance(failed, Failed) and failed.reason == "Unruly failed: wrong arguments"
+    assert isinstance(stage.run()[-1], Finished)
+
+
 def test_a_stop_before_the_start_stops_before_anything_is_loaded(stage):
     stage.host.stop("job")
     assert stage.run() == [Stopped()]

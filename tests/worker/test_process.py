@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from core.errors import SoundstageError
 from core.events import Failed, Finished, Step, Stopped
+from core.logs import KEPT, new_log
 from core.requests import Order, SpeechRequest
 from core.settings import Settings
 from core.worker.process import WorkerProcess
@@ -161,6 +163,85 @@ def test_a_release_that_leaves_something_behind_is_mended_by_a_new_process(bench
     assert bench.works()
     assert bench.works()
     assert bench.worker.restarts == before + 1
+
+
+def test_what_a_release_left_behind_is_given_back_though_no_job_comes(bench):
+    bench.begin("leak")
+    bench.end()
+    pidfd = os.pidfd_open(bench.worker.pid)
+    bench.worker.unload()
+    assert select.select([pidfd], [], [], PATIENCE)[0]
+    os.close(pidfd)
+    assert bench.works()
+
+
+def test_a_process_that_the_system_refuses_is_asked_for_again(bench, monkeypatch):
+    assert bench.works()
+    monkeypatch.setattr("core.worker.process._LONGEST_BACKOFF", 0.01)
+    spawn, refused = bench.worker._spawn, []
+
+    def refuse_at_first() -> None:
+        if len(refused) < 2:
+            refused.append(True)
+            raise BlockingIOError("Resource temporarily unavailable")
+        spawn()
+
+    monkeypatch.setattr(bench.worker, "_spawn", refuse_at_first)
+    bench.worker._early_deaths = 5000  # hours of trying
+    os.kill(bench.worker.pid, signal.SIGKILL)
+    assert bench.works()
+    assert len(refused) == 2
+
+
+def test_a_listener_that_fails_does_not_end_the_watch(bench, monkeypatch):
+    listener, failed = bench.worker._listener, []
+
+    def fail_once(job, event) -> None:
+        if not failed:
+            failed.append(event)
+            raise RuntimeError("not my day")
+        listener(job, event)
+
+    monkeypatch.setattr(bench.worker, "_listener", fail_once)
+    assert bench.works()
+    assert failed
+
+
+def test_a_signal_without_a_name_is_told_by_its_number(bench):
+    assert "crashed (signal 40)" in bench.worker._cause_of_death(-40).reason
+
+
+def test_a_device_that_is_not_there_is_told_by_each_job(settings, tmp_path):
+    bench = Bench(settings.model_copy(update={"device": "cuda:99"}), tmp_path)
+    try:
+        for _ in range(2):
+            bench.begin()
+            assert bench.end() == Failed(
+                "There is no device 'cuda:99' here; use auto or cpu.", bad_input=True
+            )
+        assert bench.worker.restarts == 0 and bench.worker.state == "ready"
+    finally:
+        bench.worker.close()
+
+
+def test_the_oldest_logs_go(tmp_path):
+    for number in range(30):
+        file = tmp_path / "logs" / f"worker-{number}.log"
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+        os.utime(file, (number, number))
+    other = tmp_path / "logs" / "generate-1.log"
+    other.touch()
+    new_log(tmp_path, "worker").touch()
+    kept = {file.name for file in (tmp_path / "logs").glob("worker-*")}
+    assert len(kept) == KEPT and f"worker-{os.getpid()}.log" in kept and "worker-29.log" in kept
+    assert other.exists()
+
+
+def test_a_home_that_cannot_be_written_is_said_in_a_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SoundstageError, match=r"Nothing can be kept in .*file: Not a directory; name"):
+        new_log(tmp_path / "file", "worker")
 
 
 def test_a_kill_from_outside_in_the_middle_of_a_job_leaves_the_next_one_well(bench):

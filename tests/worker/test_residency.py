@@ -83,6 +83,18 @@ def test_released_parameters_are_dead_and_the_engine_was_closed():
     assert Small.closed and keeper.loaded == ()
 
 
+def test_an_engine_that_does_not_close_cleanly_is_released_all_the_same(monkeypatch):
+    def fail(self) -> None:
+        raise OSError("its folder is gone")
+
+    monkeypatch.setattr(Small, "close", fail)
+    keeper = residency()
+    with keeper.lease(key("a"), 10, make):
+        pass
+    [released] = keeper.release_all()
+    assert released.clean and keeper.loaded == ()
+
+
 def test_a_parameter_that_something_still_holds_is_told():
     keeper = residency()
     with keeper.lease(key("a"), 10, make) as resident:
