@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
 import signal
+import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
+from pydantic import ValidationError
 
 from core.errors import BadInput, SoundstageError
 from core.logs import new_log
@@ -47,20 +48,26 @@ def _settings(**given: Any) -> Settings:
     """Settings from the environment, overruled by the flags that were given."""
     try:
         return Settings(**{name: value for name, value in given.items() if value not in (None, "")})
-    except ValueError as error:
-        first = error.errors()[0] if hasattr(error, "errors") else {"loc": ("settings",), "msg": str(error)}
-        raise BadInput(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        name, message = str(fault["loc"][0]), fault["msg"].removeprefix("Value error, ")
+        raise BadInput(
+            f"The setting {name} (SOUNDSTAGE_{name.upper()}) is {fault['input']!r}: "
+            f"{message[0].lower()}{message[1:]}."
+        ) from None
 
 
 @cli.command()
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "",
-    port: Annotated[int | None, typer.Option(help="Port; the first free one from 7860 unless given.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port; the first free one from 7860 unless given.")
+    ] = None,
     share: Annotated[bool, typer.Option("--share", help="Also open a public gradio link.")] = False,
     auth: Annotated[
         str, typer.Option(metavar="USER:PASS", help="Ask visitors for this name and password.")
     ] = "",
-    weights: Annotated[WeightsChoice, typer.Option(help="Which weights to use.")] = WeightsChoice.AUTO,
+    weights: Annotated[WeightsChoice | None, typer.Option(help="Which weights to use; auto.")] = None,
     memory_budget: Annotated[
         str, typer.Option(metavar="BYTES", help="Plan as if memory were this big: 2GiB.")
     ] = "",
@@ -70,21 +77,27 @@ def serve(
 ) -> None:
     """Serve the page (the default)."""
     settings = _settings(
-        weights=weights.value, memory_budget=memory_budget, tabs=tabs, accept_licences=accept_licence
+        weights=weights, memory_budget=memory_budget, tabs=tabs, accept_licences=accept_licence
     )
     user, colon, password = auth.partition(":")
     if auth and not (user and colon and password):
         raise BadInput("--auth wants USER:PASS, like --auth anna:secret.")
+    host = host or ("0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1")
+    _refuse_address(host, port)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     from core.studio import Studio
     from demos import shell
+    from demos.speech import SpeechTab
 
+    known = [SpeechTab.name.lower()]
+    if unknown := [tab for tab in settings.tabs if tab not in known]:
+        raise BadInput(f"There is no tab {unknown[0]!r}; the tabs are: {', '.join(known)}.")
     studio = Studio(settings)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end a service as Ctrl-C does
     try:
         page = shell.build(studio)
         page.launch(
-            server_name=host or ("0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1"),
+            server_name=host,
             server_port=port,
             share=share,
             auth=(user, password) if auth else None,
@@ -93,6 +106,22 @@ def serve(
         )
     finally:
         studio.close()
+
+
+def _refuse_address(host: str, port: int | None) -> None:
+    """Find out before anything starts whether the page could be served there."""
+    try:
+        # 0 is any free port. As the server will, this takes a port that was in use until just now.
+        family, _, _, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            if os.name == "posix":
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        place = f"{host}:{port}" if port else host
+        raise BadInput(
+            f"The page cannot be served at {place}: {error.strerror}; choose another --host or --port."
+        ) from None
 
 
 @cli.command()
@@ -149,7 +178,7 @@ def generate(
         list[str] | None, typer.Option("-o", metavar="KEY=VALUE", help="An engine's option.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed; drawn at random unless given.")] = None,
-    weights: Annotated[str, typer.Option(help="auto, hub, miniature, or a checkpoint folder.")] = "auto",
+    weights: Annotated[str, typer.Option(help="auto, hub, miniature, or a checkpoint folder.")] = "",
     memory_budget: Annotated[
         str, typer.Option(metavar="BYTES", help="Plan as if memory were this big: 2GiB.")
     ] = "",
@@ -162,11 +191,16 @@ def generate(
     from core.requests import SEED_MAX, Order, SpeechRequest
     from core.studio import Studio
 
-    settings = _settings(memory_budget=memory_budget, accept_licences=accept_licence, inline=True)
+    settings = _settings(
+        weights=weights, memory_budget=memory_budget, accept_licences=accept_licence, inline=True
+    )
     if out.suffix.lower() not in WRITTEN_SUFFIXES:
         raise BadInput(f"--out is {out.name!r}; its name should end in {', '.join(WRITTEN_SUFFIXES)}.")
-    if not out.absolute().parent.is_dir():
-        raise BadInput(f"There is no folder {str(out.absolute().parent)!r} to write {out.name!r} into.")
+    folder = out.absolute().parent
+    if not folder.is_dir():
+        raise BadInput(f"There is no folder {str(folder)!r} to write {out.name!r} into.")
+    if out.is_dir() or not os.access(folder, os.W_OK):
+        raise BadInput(f"--out is {str(out)!r}, where no file can be written; name another place.")
     if seed is not None and not 0 <= seed <= SEED_MAX:
         raise BadInput(f"--seed is {seed}; it may be 0 to {SEED_MAX}.")
     order = Order(
@@ -176,17 +210,13 @@ def generate(
         ),
         options=dict(map(_key_value, option or [])),
         seed=secrets.randbelow(SEED_MAX) if seed is None else seed,
-        weights=weights,
+        weights=settings.weights,
     )
     with _quiet_libraries(new_log(settings.home, "generate")) as terminal:
         studio = Studio(settings)
         try:
             [job] = studio.submit([order], COMMAND_LINE_VISITOR)
-            try:
-                studio.wait(job, lambda job: _show_progress(job, terminal))
-            except KeyboardInterrupt:
-                studio.stop(COMMAND_LINE_VISITOR)
-                studio.wait(job)
+            studio.wait(job, lambda job: _show_progress(job, terminal))
             _clear_line(terminal)
             if job.take is None:
                 if debug and job.detail:
@@ -215,28 +245,30 @@ def _key_value(text: str) -> tuple[str, str]:
 
 def _export(take: Any, out: Path) -> dict[str, Any]:
     """Write a take's medium and its record to where the command line asked."""
-    from core.media import read_audio, write_audio
+    from core.media import convert_audio, write_whole
 
     medium = take.folder / take.media[0]["file"]
     if out.suffix.lower() == medium.suffix:
-        shutil.copyfile(medium, out)
+        write_whole(out, medium.read_bytes())
     else:
-        write_audio(out, read_audio(medium))
-    record: dict[str, Any] = json.loads((take.folder / "record.json").read_text())
-    out.with_name(out.name + ".json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        convert_audio(medium, out)
+    record: dict[str, Any] = json.loads((take.folder / "record.json").read_bytes())
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    write_whole(out.with_name(out.name + ".json"), text.encode())
     return record
 
 
 @cli.command()
 def takes(
     as_json: Json = False,
-    limit: Annotated[int, typer.Option(help="At most this many, newest first.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, help="At most this many, newest first.")] = 50,
     debug: Debug = False,
 ) -> None:
     """List finished work of everyone on this installation."""
     from core.takes import Takes
 
-    found = Takes(_settings().takes_folder).list(limit=limit)
+    with closing(Takes(_settings().takes_folder)) as kept:
+        found = kept.list(limit=limit)
     if as_json:
         _print_json([take.model_dump(mode="json") | {"folder": str(take.folder)} for take in found])
         return

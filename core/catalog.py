@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from core.card import Card, Modality
-from core.errors import BadInput
+from core.errors import BadInput, SoundstageError
 
 ENTRY_POINTS = "soundstage.engines"
 
@@ -23,18 +23,32 @@ def _packages(extra: tuple[str, ...]) -> dict[str, str]:
     return {name.rsplit(".", 1)[-1]: name for name in (*own, *added, *extra)}
 
 
+def _card(package: str) -> Card:
+    try:
+        card: Card = importlib.import_module(f"{package}.card").CARD
+    except Exception as error:
+        raise SoundstageError(
+            f"The engine package {package!r} cannot be read ({type(error).__name__}: {error}); "
+            "mend it, or take it off SOUNDSTAGE_ENGINE_MODULES."
+        ) from error
+    return card
+
+
 class Catalog:
     """The cards of all engines. Reading them imports no torch.
 
     Args:
         extra: packages to add, by module name (`Settings.engine_modules`).
+
+    Raises:
+        SoundstageError: a package is missing or broken.
     """
 
     def __init__(self, extra: tuple[str, ...] = ()) -> None:
         self._packages = _packages(extra)
         self._cards = {}
         for package in self._packages.values():
-            card = importlib.import_module(f"{package}.card").CARD
+            card = _card(package)
             self._cards[card.id] = card
             assert self._packages.get(card.id) == package, f"{package} holds the card of {card.id!r}"
 

@@ -32,6 +32,12 @@ Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Folder = Annotated[Path, AfterValidator(lambda p: p.expanduser().absolute())]
 
 
+def _weights(choice: str) -> str:
+    # A folder is kept in takes, which may be made again from elsewhere.
+    named = choice in ("auto", "hub", "miniature")
+    return choice if named else str(Path(choice).expanduser().absolute())
+
+
 def _data_folder() -> Path:
     # A Space keeps only /data over a restart, where its owner paid for storage.
     space = Path("/data")
@@ -50,7 +56,9 @@ class Settings(BaseSettings):
         default_factory=lambda: platformdirs.user_cache_path("soundstage", appauthor=False),
         description="miniatures, which can be built again at any time",
     )
-    weights: str = Field("auto", description="auto, hub, miniature, or a checkpoint folder")
+    weights: Annotated[str, AfterValidator(_weights)] = Field(
+        "auto", description="auto, hub, miniature, or a checkpoint folder"
+    )
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps"
     )

@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from core import __version__, takes, weights
 from core.card import Card, Checkpoint, Modality, Options
 from core.catalog import Catalog
-from core.errors import BadInput, SoundstageError
+from core.errors import BadInput
 from core.events import Finished
 from core.jobs import Job, Jobs
+from core.media import room_for
 from core.requests import Order, check, parse_options
 from core.settings import Settings
 from core.takes import Take, Takes
@@ -48,10 +51,12 @@ class Studio:
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
         self.catalog = Catalog(self.settings.engine_modules)
+        for engine in self.settings.accept_licences:
+            self.catalog.card(engine)  # a misspelt name would accept nothing, and nobody would know
         self.hub = weights.Hub()
         self.hub.probe()
         self.takes = Takes(self.settings.takes_folder)
-        self.licences = weights.Licences(self.settings.home)
+        self.licences = weights.Licences(self.settings.home, self.settings.accept_licences)
         self._worker: Worker = (
             InlineWorker(self.settings) if self.settings.inline else WorkerProcess(self.settings)
         )
@@ -109,8 +114,7 @@ class Studio:
         check(card, order.request, options)
         checkpoint = card.checkpoint(order.request, options).at(order.commits)
         plan = self.weights_plan(card, checkpoint, order.weights)
-        accepted = order.accepted | self.licences.accepted() | frozenset(self.settings.accept_licences)
-        weights.may_use(card, plan, accepted)
+        weights.may_use(card, plan, order.accepted | self.licences.accepted())
 
     def _parse(self, order: Order) -> tuple[Card, Options]:
         card = self.catalog.card(order.engine)
@@ -177,10 +181,7 @@ class Studio:
         """Seconds this order will take, from earlier takes like it; None where there are none."""
         card, options = self._parse(order)
         checkpoint = card.checkpoint(order.request, options)
-        try:
-            kind = self.weights_plan(card, checkpoint, order.weights).kind
-        except SoundstageError:
-            return None  # the job itself will say so
+        kind = self.weights_plan(card, checkpoint, order.weights).kind
         pulse = self._worker.pulse
         device = pulse.device_name if pulse and card.has_weights else "cpu"
         pace = self.takes.pace(card.id, checkpoint.repository, device, "hub" if kind == "download" else kind)
@@ -262,13 +263,12 @@ class Studio:
 
     def secret(self) -> str:
         """A secret of this installation, kept over restarts: the page signs with it what browsers keep."""
-        file = self.settings.home / "secret"
-        try:
-            return file.read_text()
-        except FileNotFoundError:
-            self.settings.home.mkdir(parents=True, exist_ok=True)
-            with suppress(FileExistsError):  # another server of this home may be faster
-                descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-                os.write(descriptor, secrets.token_urlsafe(32).encode())
-                os.close(descriptor)
+        home = self.settings.home
+        file = home / "secret"
+        with room_for(str(file)), FileLock(home / "secret.lock"):
+            if not file.is_file() or not file.stat().st_size:
+                handle, partial = tempfile.mkstemp(dir=home)  # which only this user can read
+                with os.fdopen(handle, "w") as out:
+                    out.write(secrets.token_urlsafe(32))
+                Path(partial).replace(file)
             return file.read_text()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +37,17 @@ def app(tmp_path):
             timeout=120,
         )
 
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "app.py", *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    run.start = start
     return run
 
 
@@ -87,6 +100,7 @@ BAD = {
     "seed": (["espeak", "--text", "hello", "--seed", "-4"], "--seed is -4"),
     "weights folder": (["unruly", "--text", "hello", "--weights", "/nowhere/at/all"], "/nowhere/at/all"),
     "budget": (["espeak", "--text", "hello", "--memory-budget", "lots"], "'lots' is not a size"),
+    "licence": (["espeak", "--text", "hello", "--accept-licence", "xxts"], "There is no engine 'xxts'"),
     "usage": (["espeak"], "--text"),
 }
 
@@ -100,10 +114,75 @@ def test_bad_input_is_one_line_and_exit_status_2(app, tmp_path, name):
     assert done.stdout == "" and not (tmp_path / "a.wav").exists()
 
 
-@pytest.mark.parametrize("out", ["a.txt", "missing/a.wav"])
+@pytest.mark.parametrize("out", ["a.txt", "missing/a.wav", "folder.wav"])
 def test_a_file_that_cannot_be_written_is_said_before_work_begins(app, tmp_path, out):
+    (tmp_path / "folder.wav").mkdir()
     done = app("generate", "espeak", "--text", "hello", "--out", str(tmp_path / out))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert not (tmp_path / "home").exists()
+
+
+SETTINGS = {
+    "THREADS": ("abc", "The setting threads (SOUNDSTAGE_THREADS) is 'abc': input should be a valid integer"),
+    "DEVICE": ("tpu", "The setting device (SOUNDSTAGE_DEVICE) is 'tpu'"),
+    "ENGINE_MODULES": ("nowhere", "engine package 'nowhere' cannot be read"),
+    "ACCEPT_LICENCES": ("xxts", "There is no engine 'xxts'"),
+    "HOME": ("/dev/null/home", "Nothing can be kept in /dev/null/home"),
+    "WEIGHTS": ("/nowhere/at/all", "There is no weights folder '/nowhere/at/all'"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_bad_setting_of_the_environment_is_one_line(app, tmp_path, name):
+    value, says = SETTINGS[name]
+    arguments = ("generate", "bark", "--text", "hello", "--out", str(tmp_path / "a.wav"))
+    done = app(*arguments, **{f"SOUNDSTAGE_{name}": value})
+    assert done.returncode in (1, 2)
+    assert says in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+def test_an_empty_setting_is_none(app):
+    assert app("takes", "--json", SOUNDSTAGE_THREADS="", SOUNDSTAGE_DEVICE="").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--tabs", "speech,nonsense"], "There is no tab 'nonsense'; the tabs are: speech."),
+        (["--auth", "anna"], "--auth wants USER:PASS"),
+        (["--port", "123456"], "'--port'"),
+        (["--host", "256.0.0.1"], "The page cannot be served at 256.0.0.1"),
+    ],
+)
+def test_serve_refuses_bad_flags_before_anything_starts(app, tmp_path, flags, says):
+    done = app("serve", *flags)
+    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_port_in_use_is_said_in_one_line(app):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = app("--port", port)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"cannot be served at 127.0.0.1:{port}: Address already in use" in done.stderr
+
+
+def test_an_interrupted_job_leaves_nothing_and_says_130(app, tmp_path):
+    arguments = ("generate", "unruly", "--text", "hi", "--weights", "miniature", "-o", "steps=100000")
+    out = tmp_path / "a.wav"
+    process = app.start(*arguments, "--out", str(out))
+    miniature = tmp_path / "cache" / "miniatures" / "unruly"
+    while not list(miniature.glob("*.json")):  # it has begun
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout, stderr) == (130, "", "")
+    assert not out.exists()
+    assert not list((tmp_path / "home" / "takes" / "kept").iterdir())
+    assert not list((tmp_path / "home" / "takes" / "partial").iterdir())
 
 
 def test_a_failure_is_exit_status_1_without_a_traceback_unless_asked(app, tmp_path):
@@ -128,3 +207,5 @@ def test_takes_lists_what_was_made(app, tmp_path):
     assert take["order"]["request"]["text"] == "Remember me"
     assert Path(take["folder"], "audio.wav").is_file()
     assert "Remember me" in app("takes").stdout
+    assert not list((tmp_path / "home" / "takes" / "partial").iterdir())
+    assert app("takes", "--limit", "-1").returncode == 2

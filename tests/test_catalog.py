@@ -12,7 +12,7 @@ import pytest
 import core
 from core.card import Card, Modality, Options
 from core.catalog import Catalog
-from core.errors import BadInput
+from core.errors import BadInput, SoundstageError
 
 ROOT = Path(core.__file__).parents[1]
 HEAVY = (
@@ -76,3 +76,8 @@ def test_a_card_is_complete_and_its_options_describe_themselves(card: Card):
         for checkpoint in card.checkpoints:
             assert checkpoint.repository or checkpoint.archive
             assert checkpoint.required and checkpoint.parameters
+
+
+def test_an_extra_package_that_cannot_be_read_is_named():
+    with pytest.raises(SoundstageError, match=r"engine package 'nowhere.at_all' cannot be read"):
+        Catalog(("nowhere.at_all",))

@@ -186,3 +186,16 @@ def test_the_secret_is_kept_and_private(studio):
     secret = studio.secret()
     assert len(secret) >= 32 and studio.secret() == secret
     assert (studio.settings.home / "secret").stat().st_mode & 0o077 == 0
+
+
+def test_a_secret_that_was_never_written_whole_is_made_anew(studio):
+    (studio.settings.home / "secret").write_text("")
+    secret = studio.secret()
+    assert len(secret) >= 32 and studio.secret() == secret
+
+
+def test_a_licence_of_an_unknown_engine_cannot_be_accepted(tmp_path):
+    from core.settings import Settings
+
+    with pytest.raises(BadInput, match=r"There is no engine 'xxts'; the engines are: .*xtts"):
+        Studio(Settings(home=tmp_path, accept_licences=("xxts",)))

@@ -133,6 +133,7 @@ def test_a_take_that_vanished_from_disk_is_skipped_and_said_to_be_gone(takes: Ta
 
 def test_a_damaged_record_is_skipped(takes: Takes) -> None:
     damaged, there = keep(takes), keep(takes)
+    assert takes.list() == [there, damaged]
     (damaged.folder / "record.json").write_text('{"id": ')
     assert takes.list() == [there]
 
@@ -356,6 +357,25 @@ def test_a_place_that_cannot_be_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SoundstageError, match=r"cannot be kept in .*/file/takes: Not a directory"):
         Takes(tmp_path / "file" / "takes")
+
+
+def test_a_folder_that_vanishes_is_told_in_a_sentence(takes: Takes) -> None:
+    shutil.rmtree(takes.folder)
+    with pytest.raises(SoundstageError, match=r"index of takes in .* cannot be"):
+        takes.list()
+
+
+def test_a_record_is_parsed_once_and_again_when_it_changes(
+    takes: Takes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, parsed = keep(takes), []
+    assert takes.list() == [kept]
+    parse = Take.model_validate_json
+    monkeypatch.setattr(Take, "model_validate_json", lambda text: parsed.append(text) or parse(text))
+    assert takes.list() == [kept] and not parsed
+    record = kept.folder / "record.json"
+    record.write_text(record.read_text().replace("Good morning.", "Good evening, all."))
+    assert takes.list()[0].order.request.text == "Good evening, all."
 
 
 LIMITED = """

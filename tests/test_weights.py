@@ -678,6 +678,22 @@ def test_a_hub_that_hangs_is_a_no_after_the_wait(monkeypatch):
     wait_for(lambda: hub.online(0))
 
 
+def test_who_asks_while_the_hub_hangs_waits_for_what_is_left_of_the_first_wait(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    now, hang, waits = [1000.0], threading.Event(), []
+    monkeypatch.setattr("core.weights.hub.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("core.weights.hub._answers", lambda: hang.wait(30))
+    hub = weights.Hub()
+    monkeypatch.setattr(hub._answered, "wait", waits.append)
+    hub.online()
+    now[0] += 1.5
+    hub.online()
+    now[0] += 1.5
+    hub.online()
+    hang.set()
+    assert waits == [2.0, 0.5, 0.0]
+
+
 def test_offline_by_setting_asks_nobody(hub, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert not weights.Hub().online()

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 RECORD = "record.json"
 OWNER = ".owner"
+PARSED = 256  # records kept in memory, each about 60 kB
 REMEMBERED = 20  # takes that a forecast looks back on
 _ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
 _SCHEMA = 1  # a higher number makes every index anew
@@ -186,7 +188,7 @@ class Takes:
         """Remove a take and its files; `BadInput` if there is none, or it is someone else's."""
         self._must_own(id, owner)
         going = self._own / f"deleted-{secrets.token_hex(4)}"
-        with suppress(FileNotFoundError):
+        with room_for("the folder of takes"), suppress(FileNotFoundError):
             (self.kept / id).rename(going)
         self.discard(going)
         with suppress(DiskFull):  # a row without a folder is passed over
@@ -250,17 +252,19 @@ class Takes:
             raise BadInput("There is no such take; it may have been deleted.")
 
     def _read(self, id: str) -> Take | None:
-        folder = self.kept / id
+        record = self.kept / id / RECORD
         try:
-            take = Take.model_validate_json((folder / RECORD).read_bytes())
+            state = record.stat()
+            return _parsed(record, state.st_mtime_ns, state.st_size)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            log.warning("the record of take %s cannot be read: %s", id, error)
         except ValidationError as error:
             log.warning(
                 "the record of take %s is damaged: %s", id, error.errors(include_input=False)[0]["msg"]
             )
-            return None
-        return take.model_copy(update={"folder": folder})
+        return None
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -283,20 +287,22 @@ class Takes:
 
     def _in_index(self, use: Callable[[sqlite3.Connection], T]) -> T:
         """Call `use` with the index. A damaged index is set aside and made anew."""
-        try:
+        with room_for(f"the index of takes in {self.folder}"):
             try:
-                with closing(self._connect()) as index:
-                    return use(index)
-            except sqlite3.DatabaseError as error:
-                if _code(error) not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-                    raise
-                self._set_aside(error)
-                with closing(self._connect()) as index:
-                    return use(index)
-        except sqlite3.Error as error:
-            if _code(error) == sqlite3.SQLITE_FULL or shutil.disk_usage(self.folder).free < 1 << 16:
-                raise DiskFull("There is no room left on the disk for the index of takes.") from None
-            raise SoundstageError(f"The index of takes in {self.folder} cannot be used: {error}.") from error
+                try:
+                    with closing(self._connect()) as index:
+                        return use(index)
+                except sqlite3.DatabaseError as error:
+                    if _code(error) not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                        raise
+                    self._set_aside(error)
+                    with closing(self._connect()) as index:
+                        return use(index)
+            except sqlite3.Error as error:
+                if _code(error) == sqlite3.SQLITE_FULL or shutil.disk_usage(self.folder).free < 1 << 16:
+                    raise DiskFull("There is no room left on the disk for the index of takes.") from None
+                reason = f"The index of takes in {self.folder} cannot be used: {error}."
+                raise SoundstageError(reason) from error
 
     def _connect(self) -> sqlite3.Connection:
         # A connection for each use: cheap, safe between threads, and none holds on to an index set aside.
@@ -339,6 +345,13 @@ class Takes:
             log.warning("the index of takes is damaged (%s); kept as %s and made anew", error, aside.name)
             self._index.rename(aside)
             self._index.with_name(f"{self._index.name}-journal").unlink(missing_ok=True)
+
+
+@lru_cache(maxsize=PARSED)
+def _parsed(record: Path, _written: int, _size: int) -> Take:
+    """A record, parsed once while its file stays as it is: a page lists its takes several times a second."""
+    take = Take.model_validate_json(record.read_bytes())
+    return take.model_copy(update={"folder": record.parent})
 
 
 def _is_made(index: sqlite3.Connection) -> bool:

@@ -58,9 +58,9 @@ class Hub:
         self._answered.set()
 
     def online(self, wait: float = PROBE_SECONDS) -> bool:
-        """The last answer; waits up to `wait` seconds for the first one, and no answer by then is a no."""
+        """The last answer. The first may take `wait` seconds from the question on; until then it is no."""
         self.probe()
-        self._answered.wait(wait)
+        self._answered.wait(max(0.0, self._asked + wait - time.monotonic()))
         return self._answer
 
     def size(self, checkpoint: Checkpoint) -> int | None:

@@ -30,7 +30,7 @@ from core.engines.base import Cancelled, Engine, Placement
 from core.errors import BadInput, DoesNotFit, SoundstageError, WeightsError
 from core.events import Chunk, Event, Failed, Finished, Loading, Preview, Step, Stopped
 from core.media import Audio, write_audio
-from core.requests import check, parse_options
+from core.requests import Order, check, parse_options
 from core.settings import Settings
 from core.worker import placement
 from core.worker.devices import Device, ram_available, ram_peak, ram_total, ram_used, reset_ram_peak
@@ -132,6 +132,7 @@ class Host:
         self._settings = settings
         self._tell = tell
         self._catalog = Catalog(settings.engine_modules)
+        self._licences = weights.Licences(settings.home, settings.accept_licences)
         self._device: Device | None = None
         self._running: tuple[str, JobRun] | None = None
         self._stopped_early: set[str] = set()
@@ -217,6 +218,7 @@ class Host:
         options = parse_options(card, order.options)
         checkpoint = card.checkpoint(order.request, options).at(order.commits)
         run.loading("Looking for weights" if card.has_weights else "Starting")
+        self._refuse_closed(card, checkpoint, order, job.online)
         device = self.device if card.has_weights else None  # first of all: it mends what libraries trip over
         found = self._find(card, checkpoint, order.weights, job.online, run)
         check(card, order.request, options, found.folder)
@@ -235,6 +237,8 @@ class Host:
             started = time.perf_counter()
             result = resident.engine.generate(order.request, options, run)
             ended = time.perf_counter()
+        if not result.seconds:
+            raise SoundstageError(f"{card.name} gave no sound for this text; try another seed or text.")
         memory = meter.read()
         run.finishing()
         media = save(result, job.folder)
@@ -256,6 +260,12 @@ class Host:
             "note": found.note,
         }
         return Finished(tuple(media), measurements, origin, vars(where).copy(), _versions())
+
+    def _refuse_closed(self, card: Card, checkpoint: Checkpoint, order: Order, online: bool) -> None:
+        """The page asked before the job was queued; since then real weights may have come within reach."""
+        if card.weights_licence and card.weights_licence.must_accept:
+            plan = weights.plan(card, checkpoint, order.weights, online)
+            weights.may_use(card, plan, order.accepted | self._licences.accepted())
 
     def _find(
         self, card: Card, checkpoint: Checkpoint, choice: str, online: bool, run: JobRun

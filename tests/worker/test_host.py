@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from core.card import Licence
 from core.events import Failed, Finished, Loading, Step, Stopped
 from core.requests import Order, SpeechRequest
 from core.worker.host import Host
@@ -78,6 +79,30 @@ def test_a_library_that_ends_the_process_ends_only_its_job(stage):
     failed = stage.run("quit")[-1]
     assert isinstance(failed, Failed) and failed.reason == "Unruly failed: wrong arguments"
     assert isinstance(stage.run()[-1], Finished)
+
+
+def test_no_sound_at_all_is_a_failure_in_a_sentence(stage):
+    failed = stage.run("empty")[-1]
+    assert isinstance(failed, Failed) and failed.reason.startswith("Unruly gave no sound for this text;")
+    assert isinstance(stage.run()[-1], Finished)
+
+
+def test_real_weights_that_came_within_reach_after_the_order_are_not_used_without_their_licence(
+    stage, monkeypatch, tmp_path
+):
+    gated = stage.host._catalog.card("unruly").model_copy(
+        update={"weights_licence": Licence(name="CPML", must_accept=True)}
+    )
+    monkeypatch.setitem(stage.host._catalog._cards, "unruly", gated)
+    real = tmp_path / "real"
+    real.mkdir()
+    (real / "weights.bin").write_bytes(bytes(10))
+    assert isinstance(stage.run()[-1], Finished), "a miniature is free"
+    failed = stage.run(weights=str(real))[-1]
+    assert isinstance(failed, Failed) and failed.bad_input and "CPML" in failed.reason
+    accepted = stage.run(weights=str(real), accepted=frozenset({"unruly"}))[-1]
+    assert isinstance(accepted, Finished) and accepted.weights["kind"] == "folder"
+    assert isinstance(stage.run(weights=str(real))[-1], Failed), "loaded for one is not accepted by all"
 
 
 def test_a_stop_before_the_start_stops_before_anything_is_loaded(stage):
