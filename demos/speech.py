@@ -196,7 +196,12 @@ class SpeechTab:
         self.voice.change(
             lambda voice: gr.Checkbox(visible=bool(voice), value=False), self.voice, self.consent, **quiet
         )
-        self.licences.change(lambda chosen: chosen, self.licences, self.accepted, **quiet)
+        self.licences.input(
+            lambda ticked, chosen, kept: [*ticked, *(e for e in kept if e not in chosen)],
+            [self.licences, self.picker, self.accepted],
+            self.accepted,
+            **quiet,
+        )
         gr.on(
             [ready, tick, self.language.change, self.picker.change, self.voice.change],
             self._fit,

@@ -103,7 +103,10 @@ def facts(take: Take) -> list[tuple[str, str]]:
     return [
         ("Duration", figures.seconds(cost.get("audio_seconds"))),
         ("First sound", figures.seconds(cost.get("first_audio_seconds"))),
-        ("Loading", figures.seconds(cost.get("load_seconds"))),
+        (
+            "Loading",
+            figures.seconds(cost.get("load_seconds")) if cost.get("load_seconds") else "loaded before",
+        ),
         ("Generation", figures.seconds(cost.get("generate_seconds"))),
         ("Real-time factor", figures.factor(cost.get("real_time_factor"))),
         ("Peak device memory", figures.size(device)),

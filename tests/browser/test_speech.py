@@ -9,7 +9,7 @@ import zipfile
 
 from playwright.sync_api import expect
 
-from tests.browser.acts import TEXT, choose, set_option, speak, start_long_job, track, wait_for
+from tests.browser.acts import TEXT, choose, reload, set_option, speak, start_long_job, track, wait_for
 
 
 def test_two_engines_speak_and_their_players_play(visit):
@@ -63,7 +63,7 @@ def test_seeking_by_keyboard_moves_the_audio(visit):
 def test_reload_finds_the_running_job_and_stop_ends_it(visit):
     page = visit()
     start_long_job(page)
-    page.reload()
+    reload(page)
     progress = wait_for(page, "unruly", "running").locator("progress")
     before = float(progress.get_attribute("value"))
     page.wait_for_function("([bar, before]) => bar.value > before", arg=[progress.element_handle(), before])
@@ -76,7 +76,7 @@ def test_reload_finds_finished_work(visit):
     page = visit()
     speak(page, ["espeak"])
     wait_for(page, "espeak", "done")
-    page.reload()
+    reload(page)
     done = wait_for(page, "espeak", "done")
     page.wait_for_function("audio => audio.duration > 0.5", arg=done.locator("audio").element_handle())
 
@@ -293,7 +293,7 @@ def test_the_lamp_switches_the_light_and_is_remembered(visit):
     page = visit(color_scheme="light")
     page.get_by_role("button", name="Switch between light and dark").click()
     page.wait_for_function("document.body.classList.contains('dark')")
-    page.reload()
+    reload(page)
     page.wait_for_function("document.body.classList.contains('dark')")
 
 
