@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,12 @@ class Checkpoint(BaseModel):
     "vocos-mel-24khz/"). `files` and `required` of each are relative to its own sub-folder.
     """
     optional: bool = False  # as one of `also`: fetched with the others, but no error where it cannot be had
+
+    def at(self, commits: Mapping[str, str]) -> Checkpoint:
+        """This checkpoint with the commits named for its repositories."""
+        also = tuple(part.at(commits) for part in self.also)
+        revision = commits.get(self.repository, self.revision)
+        return self.model_copy(update={"also": also, "revision": revision})
 
     @property
     def folder(self) -> str:

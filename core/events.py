@@ -9,6 +9,7 @@ from typing import Any
 @dataclass(frozen=True)
 class Queued:
     position: int  # 0: next
+    seconds: float | None = None  # until its turn, as far as earlier takes tell
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class Job:
     created: float = field(default_factory=time.time)
     started: float | None = None
     ended: float | None = None
+    expected: float | None = None  # seconds from start to end, from earlier takes
     passed_over: int = 0  # times a later job went first because its engine was loaded
 
     @property
@@ -70,7 +71,12 @@ class Job:
 
     @property
     def seconds_left(self) -> float | None:
-        return self.event.seconds_left if isinstance(self.event, Step) else None
+        """From the pace of its own steps; before there is one, from earlier takes."""
+        if isinstance(self.event, Step) and self.event.seconds_left is not None:
+            return self.event.seconds_left
+        if self.over or self.expected is None:
+            return None
+        return max(0.0, self.expected - (time.time() - self.started if self.started else 0.0))
 
 
 def choose(
@@ -101,6 +107,7 @@ class Jobs:
     Args:
         worker: runs the jobs, one at a time.
         online: whether the hub answers, for an order that wants to know.
+        expect: seconds an order will take, as far as earlier takes tell; None where they do not.
         new_folder: makes a job's private folder.
         keep: makes a take of a finished job.
         patience: times a job may be passed over for a loaded engine.
@@ -112,6 +119,7 @@ class Jobs:
         worker: Worker,
         *,
         online: Callable[[Order], bool],
+        expect: Callable[[Order], float | None],
         new_folder: Callable[[str], Path],
         keep: Callable[[Job, Finished], Take],
         patience: int,
@@ -119,6 +127,7 @@ class Jobs:
     ) -> None:
         self._worker = worker
         self._online = online
+        self._expect = expect
         self._new_folder = new_folder
         self._keep = keep
         self._patience = patience
@@ -145,7 +154,9 @@ class Jobs:
                     f"{mine} of your jobs are waiting already, and {self._limit} may; stop some or wait."
                 )
             jobs = [Job(secrets.token_urlsafe(16), visitor, order) for order in orders]
-            self._jobs |= {job.id: job for job in jobs}
+            for job in jobs:
+                job.expected = self._expect(job.order)
+                self._jobs[job.id] = job
             self._waiting += jobs
             self._dispatch()
         self._tell_everyone()
@@ -216,14 +227,17 @@ class Jobs:
             except SoundstageError as error:
                 self._end(job, Failed(str(error)))
                 continue
+            job.expected = self._expect(job.order)
             job.started = time.time()
             job.state = "loading"
             job.event = Loading("Starting")
             self._running = job
             self._worker.run(job.id, job.order, job.folder, self._online(job.order))
+        wait = self._running.seconds_left if self._running else None
         for place, job in enumerate(self._waiting):
             job.position = place
-            job.event = Queued(place)
+            job.event = Queued(place, wait)
+            wait = None if wait is None or job.expected is None else wait + job.expected
 
     def _hear(self, job_id: str, event: Event) -> None:
         """The worker's word on the running job."""

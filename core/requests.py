@@ -44,7 +44,7 @@ class Order(BaseModel):
     options: dict[str, Any] = Field(default_factory=dict)
     seed: int = Field(ge=0, le=SEED_MAX)
     weights: str = "auto"  # auto, hub, miniature, or a folder
-    revision: str = ""  # the commit of the weights, when a take is made again
+    commits: dict[str, str] = Field(default_factory=dict)  # repository -> commit, when a take is made again
     accepted: frozenset[str] = frozenset()  # engines whose licence this visitor accepted
     group: str = ""  # orders of one press share it
 

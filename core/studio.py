@@ -16,7 +16,7 @@ from typing import Any
 from core import __version__, takes, weights
 from core.card import Card, Checkpoint, Modality, Options
 from core.catalog import Catalog
-from core.errors import BadInput
+from core.errors import BadInput, SoundstageError
 from core.events import Finished
 from core.jobs import Job, Jobs
 from core.requests import Order, check, parse_options
@@ -60,6 +60,7 @@ class Studio:
             online=self._online_for,
             new_folder=self.takes.new_folder,
             keep=self._keep,
+            expect=self._expect,
             patience=self.settings.patience,
             limit=self.settings.jobs_per_visitor,
         )
@@ -82,7 +83,10 @@ class Studio:
     ) -> weights.Plan:
         """Which weights would be used now; raises BadInput or WeightsError if none can be."""
         choice = choice or self.settings.weights
-        return weights.plan(card, checkpoint or card.checkpoints[0], choice, self._asks_hub(card, choice))
+        checkpoint = checkpoint or card.checkpoints[0]
+        online = self._asks_hub(card, choice)
+        size = self.hub.size(checkpoint) if online else None
+        return weights.plan(card, checkpoint, choice, online, size=size)
 
     def _asks_hub(self, card: Card, choice: str) -> bool:
         """Whether the hub answers; not asked, and so not waited for, where it plays no part."""
@@ -103,7 +107,8 @@ class Studio:
         """
         card, options = self._parse(order)
         check(card, order.request, options)
-        plan = self.weights_plan(card, card.checkpoint(order.request, options), order.weights)
+        checkpoint = card.checkpoint(order.request, options).at(order.commits)
+        plan = self.weights_plan(card, checkpoint, order.weights)
         accepted = order.accepted | self.licences.accepted() | frozenset(self.settings.accept_licences)
         weights.may_use(card, plan, accepted)
 
@@ -124,8 +129,9 @@ class Studio:
         take = self.take(take_id, visitor)
         order = self.takes.order_of(take)
         if take.weights["kind"] in ("miniature", "hub"):
-            revision = take.weights["commit"] if take.weights["kind"] == "hub" else ""
-            order = order.model_copy(update={"weights": take.weights["kind"], "revision": revision})
+            pins = {take.weights["repository"]: take.weights["commit"], **take.weights["also"]}
+            commits = pins if take.weights["kind"] == "hub" else {}
+            order = order.model_copy(update={"weights": take.weights["kind"], "commits": commits})
         return self.submit([order], visitor)[0]
 
     def stop(self, visitor: str, job_id: str | None = None) -> int:
@@ -166,6 +172,22 @@ class Studio:
                 tick(job)
             time.sleep(interval)
         return job
+
+    def _expect(self, order: Order) -> float | None:
+        """Seconds this order will take, from earlier takes like it; None where there are none."""
+        card, options = self._parse(order)
+        checkpoint = card.checkpoint(order.request, options)
+        try:
+            kind = self.weights_plan(card, checkpoint, order.weights).kind
+        except SoundstageError:
+            return None  # the job itself will say so
+        pulse = self._worker.pulse
+        device = pulse.device_name if pulse and card.has_weights else "cpu"
+        pace = self.takes.pace(card.id, checkpoint.repository, device, "hub" if kind == "download" else kind)
+        if pace is None:
+            return None
+        loading = 0.0 if pulse and card.id in pulse.loaded else pace.load_seconds
+        return loading + pace.seconds_per_character * len(order.request.text)
 
     # Takes
 

@@ -45,7 +45,7 @@ class HandWorker:
 
     def end(self, event=None) -> None:
         job, self.job = self.job, None
-        self.pulse = Pulse("CPU", 0, 0, 0, 0, (self.engines[-1],), True)
+        self.pulse = Pulse("CPU", "cpu", 0, 0, 0, 0, (self.engines[-1],), True)
         self.listener(job, event or Failed("enough"))
 
 
@@ -53,6 +53,7 @@ def queue(worker: HandWorker, keep=None, limit: int = 100, folder: Path = Path("
     return Jobs(
         worker,
         online=lambda order: False,
+        expect=lambda order: 8.0 if order.engine == "a" else None,
         new_folder=lambda job: folder,
         keep=keep or (lambda job, finished: pytest.fail("nothing was finished")),
         patience=PATIENCE,
@@ -177,6 +178,17 @@ def test_watchers_hear_of_their_own_steps_and_of_every_change_of_the_queue():
     undo()
     worker.end()
     assert heard == {"x": 2, "X": 3, "y": 2}
+
+
+def test_a_wait_is_foretold_as_far_as_earlier_takes_tell():
+    jobs = queue(HandWorker())
+    running, second, third, fourth, fifth = jobs.submit([order(e) for e in "aaaba"], "x")
+    assert running.seconds_left == pytest.approx(8, abs=1)
+    assert second.event.seconds == pytest.approx(8, abs=1)
+    assert third.event.seconds == pytest.approx(16, abs=1)
+    assert fourth.event.seconds == pytest.approx(24, abs=1)
+    assert fifth.event.seconds is None, "nothing is known of the one before it"
+    assert fourth.seconds_left is None
 
 
 def test_a_take_that_cannot_be_kept_fails_its_job_only(tmp_path):

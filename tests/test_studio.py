@@ -70,6 +70,16 @@ def test_a_take_made_again_is_bitwise_the_same(studio):
     assert finish(studio, other).take.media[0]["sha256"] != first.media[0]["sha256"]
 
 
+def test_the_second_job_of_a_kind_is_foretold_from_the_first(studio):
+    [job] = studio.submit([order()], "anna")
+    finish(studio, job)
+    [slow] = studio.submit([order(options={"steps": 100_000})], "anna")
+    [next_one] = studio.submit([order(text="hello again")], "anna")
+    assert slow.expected is not None and next_one.event.seconds is not None
+    studio.stop("anna")
+    finish(studio, slow)
+
+
 def test_orders_are_queued_all_or_none(studio):
     before = len(studio.jobs("bert"))
     with pytest.raises(BadInput, match="There is no engine 'nobody'"):

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from core import __version__, weights
-from core.card import Card
+from core.card import Card, Checkpoint
 from core.catalog import Catalog
 from core.engines.base import Cancelled, Engine, Placement
 from core.errors import BadInput, DoesNotFit, SoundstageError, WeightsError
@@ -134,6 +134,7 @@ class Host:
         self._device: Device | None = None
         self._running: tuple[str, JobRun] | None = None
         self._stopped_early: set[str] = set()
+        self._found: dict[tuple[str, Checkpoint, str, bool], weights.Resolved] = {}
         self._stopping = threading.Lock()
         self._turn = threading.Lock()
         self.residency = Residency(self._room_bytes, self._settle, self._device_used, tell)
@@ -163,6 +164,7 @@ class Host:
         ram = ram_used()
         return Pulse(
             device=device.title if device else "CPU",
+            device_name=device.name if device else "cpu",
             device_used=device.used() if device else ram,
             device_total=self._settings.memory_budget or (device.total() if device else ram_total()),
             ram_used=ram,
@@ -203,20 +205,10 @@ class Host:
         order = job.order
         card = self._catalog.card(order.engine)
         options = parse_options(card, order.options)
-        checkpoint = card.checkpoint(order.request, options)
-        if order.revision:
-            checkpoint = checkpoint.model_copy(update={"revision": order.revision})
+        checkpoint = card.checkpoint(order.request, options).at(order.commits)
         run.loading("Looking for weights" if card.has_weights else "Starting")
         device = self.device if card.has_weights else None  # first of all: it mends what libraries trip over
-        found = weights.resolve(
-            card,
-            checkpoint,
-            order.weights,
-            online=job.online,
-            cache=self._settings.cache,
-            package=self._catalog.package(card.id),
-            report=run.loading,
-        )
+        found = self._find(card, checkpoint, order.weights, job.online, run)
         check(card, order.request, options, found.folder)
         run.loading(f"Loading {card.name}")
         meter = Meter(device)
@@ -254,6 +246,25 @@ class Host:
             "note": found.note,
         }
         return Finished(tuple(media), measurements, origin, vars(where).copy(), _versions())
+
+    def _find(
+        self, card: Card, checkpoint: Checkpoint, choice: str, online: bool, run: JobRun
+    ) -> weights.Resolved:
+        """The weights' folder; looked up and checked again unless they are loaded at this moment."""
+        asked = (card.id, checkpoint, choice, online)
+        found = self._found.get(asked)
+        if found and self.residency.holds(card.id, found.folder, found.commit):
+            return found
+        self._found[asked] = found = weights.resolve(
+            card,
+            checkpoint,
+            choice,
+            online=online,
+            cache=self._settings.cache,
+            package=self._catalog.package(card.id),
+            report=run.loading,
+        )
+        return found
 
     def _place(self, card: Card, size: int) -> Placement:
         if not card.has_weights:

@@ -46,6 +46,7 @@ class Pulse:
     """A sign of life, with what the header shows. Bytes."""
 
     device: str  # "NVIDIA H200", "CPU"
+    device_name: str  # as torch names it: "cuda", "cpu"
     device_used: int
     device_total: int
     ram_used: int  # of the worker process

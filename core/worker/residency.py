@@ -68,6 +68,11 @@ class Residency:
         residents = sorted(self._residents.copy().values(), key=lambda r: -r.used)
         return tuple(dict.fromkeys(r.key.engine for r in residents))
 
+    def holds(self, engine: str, folder: Path | None, commit: str) -> bool:
+        """Whether these weights are loaded, wherever they were placed."""
+        keys = self._residents.copy()
+        return any((k.engine, k.folder, k.commit) == (engine, folder, commit) for k in keys)
+
     @property
     def held(self) -> int:
         """Bytes planned for all that is loaded."""

@@ -9,20 +9,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers import AutoConfig, AutoProcessor, BarkConfig, BarkModel
 
 from core.engines.bark.card import CARD, BarkOptions, preset, voices
+from core.engines.bark.stages import Stages, Voice
 from core.engines.base import Engine, Placement, Run
-from core.engines.quirks import mend_torchaudio
 from core.engines.speaking import join, split_sentences
 from core.errors import WeightsError
 from core.media import Audio
 from core.requests import SpeechRequest
-
-mend_torchaudio()
-
-from transformers import AutoConfig, AutoProcessor, BarkConfig, BarkModel  # noqa: E402  # imports torchaudio where it is installed
-
-from core.engines.bark.stages import Stages, Voice  # noqa: E402
 
 # Bark speaks for at most 15 s at once (768 semantic tokens at 49.9 Hz). A reader says about 14 letters a
 # second, or 4 to 5 characters of a script that writes a syllable in one.

@@ -7,14 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import BarkConfig, BarkModel, BertTokenizer
 
 from core.card import Checkpoint
 from core.engines.bark.card import CUES, LANGUAGES, VOICES_FILE
-from core.engines.quirks import mend_torchaudio
-
-mend_torchaudio()
-
-from transformers import BarkConfig, BarkModel, BertTokenizer  # noqa: E402  # imports torchaudio
 
 SEED = 20260101
 # Numbers that Bark's stages hand to each other; they are what makes a checkpoint Bark's.

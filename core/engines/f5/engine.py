@@ -25,13 +25,11 @@ from core.engines.f5.card import (
     WHISPER_FOLDER,
     F5Options,
 )
-from core.engines.quirks import mend_torchaudio
+from core.engines.f5.reference import as_sentence, prepare, transcribe
 from core.engines.speaking import join, split_sentences
 from core.errors import BadInput, WeightsError
 from core.media import Audio, read_audio
 from core.requests import SpeechRequest
-
-mend_torchaudio()
 
 
 @contextlib.contextmanager
@@ -49,7 +47,6 @@ with _quietly():
     from f5_tts.model import DiT
     from f5_tts.model.modules import vocos_mel_stft_cache
 
-from core.engines.f5.reference import as_sentence, prepare, transcribe  # noqa: E402
 
 # What a vocoder's config.yaml may call: Vocos imports and calls whatever it names there.
 _VOCODER_CLASSES = {

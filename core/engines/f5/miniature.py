@@ -8,16 +8,12 @@ from pathlib import Path
 
 import torch
 import yaml
+from f5_tts.model import CFM, DiT
 from safetensors.torch import save_file
+from vocos import Vocos
 
 from core.card import Checkpoint
 from core.engines.f5.card import MODEL_FILE, VOCABULARY_FILE, VOCODER_FOLDER
-from core.engines.quirks import mend_torchaudio
-
-mend_torchaudio()
-
-from f5_tts.model import CFM, DiT  # noqa: E402  # imports torchaudio
-from vocos import Vocos  # noqa: E402
 
 SEED = 20260101
 ARCHITECTURE = {"dim": 32, "depth": 2, "heads": 1, "ff_mult": 2, "text_dim": 32, "conv_layers": 1}
