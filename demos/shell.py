@@ -17,7 +17,8 @@ from demos.speech import SpeechTab
 from demos.theme import theme
 from demos.views import ASSETS, asset, drawing, render
 
-TICK_SECONDS = 3.0  # how often an open page asks for the header's figures
+TICK_SECONDS = 4.0  # how often an open page asks for the header's figures, and whether jobs run
+SLOW_TICK_SECONDS = 30.0  # and whether engines have their weights by now
 SESSIONS = 300  # kept in memory; each is about 125 KB
 OPEN_PAGES = 200  # pages that can watch running jobs at once
 
@@ -30,14 +31,14 @@ def build(studio: Studio) -> gr.Blocks:
             gr.HTML(render("header", logo=drawing("logo.svg")), apply_default_css=False, elem_classes="brand")
             chips = gr.HTML(_status(studio), apply_default_css=False, elem_classes="status")
         tab = SpeechTab(studio, visitor)
-        timer = gr.Timer(TICK_SECONDS)
+        timer, slow_timer = gr.Timer(TICK_SECONDS), gr.Timer(SLOW_TICK_SECONDS)
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         known = gr.State(False)
         page.load(
             lambda token: (token or secrets.token_urlsafe(24), True), visitor, [visitor, known], **quiet
         )
         timer.tick(lambda: _status(studio), None, chips, queue=False, **quiet)
-        tab.wire(known.change, timer.tick)
+        tab.wire(known.change, timer.tick, slow_timer.tick)
         add_endpoints(studio)
     return page
 
