@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -245,7 +246,7 @@ class Host:
             "also": found.also,
             "note": found.note,
         }
-        return Finished(tuple(media), measurements, origin, vars(where).copy(), _versions())
+        return Finished(tuple(media), measurements, origin, vars(where).copy(), dict(_versions()))
 
     def _find(
         self, card: Card, checkpoint: Checkpoint, choice: str, online: bool, run: JobRun
@@ -349,6 +350,7 @@ def _reason(card: Card, error: Exception) -> str:
     return f"{card.name} failed: {_in_short(error)}"
 
 
+@cache
 def _versions() -> dict[str, str]:
     found = {"soundstage": __version__}
     for name in LIBRARIES:
