@@ -67,6 +67,7 @@ def engines(
                 "summary": card.summary,
                 "facts": card_facts(card),
                 "hindrance": hindrance.word,
+                "mild": hindrance.mild,
                 "blocked": hindrance.blocks,
                 "chosen": card.id in chosen,
                 "weights": plan.sentence if isinstance(plan, Plan) else str(plan or ""),

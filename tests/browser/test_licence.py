@@ -14,6 +14,7 @@ from tests.browser.acts import choose, reload, speak, wait_for
 from tests.browser.conftest import start_server, stop_server
 from tests.support import miniature
 
+pytestmark = pytest.mark.browser
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 

@@ -7,9 +7,12 @@ import json
 import re
 import zipfile
 
+import pytest
 from playwright.sync_api import expect
 
 from tests.browser.acts import TEXT, choose, reload, set_option, speak, start_long_job, track, wait_for
+
+pytestmark = pytest.mark.browser
 
 
 def test_two_engines_speak_and_their_players_play(visit):
