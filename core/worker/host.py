@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -259,7 +260,7 @@ class Host:
             "also": found.also,
             "note": found.note,
         }
-        return Finished(tuple(media), measurements, origin, vars(where).copy(), _versions())
+        return Finished(tuple(media), measurements, origin, vars(where).copy(), dict(_versions()))
 
     def _refuse_closed(self, card: Card, checkpoint: Checkpoint, order: Order, online: bool) -> None:
         """The page asked before the job was queued; since then real weights may have come within reach."""
@@ -369,6 +370,7 @@ def _reason(card: Card, error: BaseException) -> str:
     return f"{card.name} failed: {_in_short(error)}"
 
 
+@cache
 def _versions() -> dict[str, str]:
     found = {"soundstage": __version__}
     for name in LIBRARIES:
