@@ -21,7 +21,8 @@ screenshots: .venv/ready-dev
 	$(BIN)/python -m tests.browser.screenshots
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .hypothesis .gradio
+	rm -rf .venv .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks .gradio build
+	find . -name __pycache__ -type d -exec rm -rf {} +
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

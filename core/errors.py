@@ -32,7 +32,3 @@ class DoesNotFit(SoundstageError):
 
 class DiskFull(SoundstageError):
     """There is no room left for the take."""
-
-
-class WorkerLost(SoundstageError):
-    """The worker process ended, hung, or was killed in the middle of a job."""

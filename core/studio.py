@@ -7,15 +7,13 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
-from core import __version__, takes, weights
+from core import takes, weights
 from core.card import Card, Checkpoint, Modality, Options
 from core.catalog import Catalog
 from core.errors import BadInput
@@ -169,8 +167,8 @@ class Studio:
         finally:
             undo()
 
-    def wait(self, job: Job, tick: Any = None, interval: float = 0.1) -> Job:
-        """Block until a job is over, calling `tick(job)` now and then: for scripts and the command line."""
+    def wait(self, job: Job, tick: Callable[[Job], object] | None = None, interval: float = 0.1) -> Job:
+        """Block until a job is over, calling `tick(job)` every `interval` seconds: for the command line."""
         while not job.over:
             if tick:
                 tick(job)
@@ -197,8 +195,6 @@ class Studio:
         licence = card.weights_licence
         assert job.folder is not None
         take = Take(
-            id=secrets.token_urlsafe(16),
-            made=datetime.now(UTC),
             engine=card.id,
             modality=card.modality,
             order=job.order,
@@ -216,7 +212,6 @@ class Studio:
                 "weights": licence.name if licence else "",
                 "commercial": licence is None or licence.commercial,
             },
-            soundstage=__version__,
         )
         for chunk in job.chunks:
             (job.folder / chunk.file).unlink(missing_ok=True)

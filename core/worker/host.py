@@ -49,7 +49,6 @@ from core.worker.outputs import save
 from core.worker.residency import Key, Residency
 
 PULSE_SECONDS = 2.0
-LOG_LIMIT = 4_000_000  # bytes; a log that outgrows it begins anew
 EVENTS_PER_SECOND = 10.0  # of steps; an eye sees no more
 LIBRARIES = ("torch", "transformers", "coqui-tts", "f5-tts")  # whose versions go into a take
 
@@ -199,7 +198,8 @@ class Host:
             except Cancelled:
                 last = Stopped()
             except SoundstageError as error:
-                last = Failed(str(error), bad_input=isinstance(error, BadInput))
+                trace = traceback.format_exc() if error.__cause__ else ""  # what a library said
+                last = Failed(str(error), trace, bad_input=isinstance(error, BadInput))
             except (Exception, SystemExit) as error:  # a library may think it owns the process
                 # Formatted here and dropped: a kept traceback would keep the model alive.
                 last = Failed(_reason(self._catalog.card(job.order.engine), error), traceback.format_exc())
@@ -397,12 +397,12 @@ def main(pipe: Connection, settings: Settings, log: Path) -> None:
     tell(host.pulse())
     while not isinstance(message := todo.get(), Quit):
         if isinstance(message, RunJob):
+            # A crash shows the end of the log to this job's visitor, who is not to read of others' jobs.
+            os.ftruncate(1, 0)
             host.run(message)
         elif isinstance(message, Unload):
             host.unload(message.engine)
         tell(host.pulse())
-        if os.fstat(1).st_size > LOG_LIMIT:
-            os.ftruncate(1, 0)
     host.unload()
 
 

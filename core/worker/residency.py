@@ -34,7 +34,6 @@ class Resident:
     engine: Engine
     bytes: int  # planned, weights and working memory
     device_before: int  # bytes used on the device before it was loaded
-    load_seconds: float
     leases: int = 0
     used: float = field(default_factory=time.monotonic)
     parameters: list[weakref.ref[Any]] = field(default_factory=list)
@@ -108,14 +107,12 @@ class Residency:
         if size:
             self._evict_until_fits(key.placement.device, size)
         before = self._device_used() or 0
-        started = time.perf_counter()
         try:
             engine = make()
         except BaseException:
             self._settle()
             raise
-        seconds = time.perf_counter() - started
-        resident = Resident(key, engine, size, before, seconds)
+        resident = Resident(key, engine, size, before)
         resident.parameters = [weakref.ref(p) for m in engine.modules() for p in m.parameters()]
         self._residents[key] = resident
         return resident

@@ -22,6 +22,7 @@ class Unruly(Engine):
         self.layer = torch.nn.Linear(8, 8)
 
     def generate(self, request: Any, options: Any, run: Run) -> Audio:
+        print(f"seed {run.seed}")  # libraries print too
         match options.behave:
             case "crash":
                 ctypes.string_at(0)

@@ -81,6 +81,18 @@ def test_a_library_that_ends_the_process_ends_only_its_job(stage):
     assert isinstance(stage.run()[-1], Finished)
 
 
+def test_a_checkpoint_that_does_not_load_keeps_what_the_library_said(stage, monkeypatch):
+    import tests.unruly.engine
+
+    def fail(self, weights, placement):
+        raise ValueError("unexpected key 'decoder.9'")
+
+    monkeypatch.setattr(tests.unruly.engine.Unruly, "load", fail)
+    failed = stage.run()[-1]
+    assert failed.reason.startswith("Unruly could not load its checkpoint") and not failed.bad_input
+    assert "unexpected key 'decoder.9'" in failed.reason and "Traceback" in failed.detail
+
+
 def test_no_sound_at_all_is_a_failure_in_a_sentence(stage):
     failed = stage.run("empty")[-1]
     assert isinstance(failed, Failed) and failed.reason.startswith("Unruly gave no sound for this text;")

@@ -117,6 +117,14 @@ def test_a_crash_keeps_the_stack_for_the_details(bench):
     assert "string_at" in bench.end().detail
 
 
+def test_the_details_of_a_crash_tell_nothing_of_earlier_jobs(bench):
+    bench.begin(seed=1111)
+    bench.end()
+    bench.begin("crash", seed=2222)
+    detail = bench.end().detail
+    assert "seed 2222" in detail and "seed 1111" not in detail
+
+
 def test_a_hang_is_ended_after_the_silence_limit(bench):
     bench.begin("hang")
     failed = bench.end()
