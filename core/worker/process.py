@@ -39,7 +39,7 @@ Listener = Callable[[str, Event], None]  # (job, event)
 _TICK = 0.1  # seconds between looks at the deadlines
 _SENDS = 2  # times a job is handed to a new process because the last one died before it began
 _LONGEST_BACKOFF = 10.0  # seconds
-_LOG_TAIL = 4000  # bytes of the worker's output that go into a failure's detail
+_LOG_TAIL = 12_000  # bytes of its output that go into a failure's detail; a crash lists modules at length
 
 
 class Worker(Protocol):
