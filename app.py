@@ -87,11 +87,7 @@ def serve(
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     from core.studio import Studio
     from demos import shell
-    from demos.speech import SpeechTab
 
-    known = [SpeechTab.name.lower()]
-    if unknown := [tab for tab in settings.tabs if tab not in known]:
-        raise BadInput(f"There is no tab {unknown[0]!r}; the tabs are: {', '.join(known)}.")
     studio = Studio(settings)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end a service as Ctrl-C does
     try:

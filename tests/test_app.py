@@ -148,7 +148,6 @@ def test_an_empty_setting_is_none(app):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--tabs", "speech,nonsense"], "There is no tab 'nonsense'; the tabs are: speech."),
         (["--auth", "anna"], "--auth wants USER:PASS"),
         (["--port", "123456"], "'--port'"),
         (["--host", "256.0.0.1"], "The page cannot be served at 256.0.0.1"),
@@ -158,6 +157,12 @@ def test_serve_refuses_bad_flags_before_anything_starts(app, tmp_path, flags, sa
     done = app("serve", *flags)
     assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "home").exists()
+
+
+def test_an_unknown_tab_is_refused_with_the_known_ones(app):
+    done = app("serve", "--tabs", "speech,nonsense")
+    assert done.returncode == 2
+    assert done.stderr == "There is no tab 'nonsense'; the tabs are: speech.\n"
 
 
 def test_a_port_in_use_is_said_in_one_line(app):
