@@ -25,7 +25,7 @@ def _row(piece: Piece, card: Card) -> dict[str, Any]:
         "name": card.name,
         "excerpt": text if len(text) <= EXCERPT else f"{text[: EXCERPT - 1].rstrip()}…",
         "noise": piece.noise,
-        "verdict": found[1] if found else "",
+        "verdict": found[1] if found else "A repetition." if piece.repeats else "",
     }
     if take is None:
         return row | {"id": piece.key, "listen": "", "length": piece.state, "made": "not yet made"}

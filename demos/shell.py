@@ -22,6 +22,7 @@ TABS = {"speech": SpeechTab}
 TICK_SECONDS = 4.0  # how often an open page asks for the header's figures, and whether jobs run
 SLOW_TICK_SECONDS = 30.0  # and whether engines have their weights by now
 SESSIONS = 300  # kept in memory; each is about 125 KB
+HANDLERS = 16  # presses of one kind answered at once
 OPEN_PAGES = 200  # pages that can watch running jobs at once
 
 
@@ -43,7 +44,8 @@ def build(studio: Studio) -> gr.Blocks:
         for tab in tabs:
             tab.wire(known.change, timer.tick, slow_timer.tick)
         add_endpoints(studio)
-    return page
+    # Each handler only reads a form or asks the studio; the worker runs one job at a time anyway.
+    return page.queue(default_concurrency_limit=HANDLERS)
 
 
 def launch_options(studio: Studio) -> dict[str, Any]:

@@ -73,6 +73,7 @@ class SpeechTab:
             label="Licences to accept", visible=False, elem_id="licences", elem_classes="plain-checks"
         )
         self.accepted = gr.BrowserState([], storage_key="soundstage-accepted", secret=self.studio.secret())
+        self.draft = gr.BrowserState("", storage_key="soundstage-draft", secret=self.studio.secret())
         with gr.Row(elem_classes="action-bar"):
             self.speak = gr.Button(
                 "Speak",
@@ -192,7 +193,10 @@ class SpeechTab:
             tick, slow_tick: events every few seconds, and every half minute.
         """
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        ready(lambda: gr.Button(interactive=True), None, self.speak, **quiet)
+        ready(lambda draft: draft or gr.skip(), self.draft, self.text, **quiet).then(
+            lambda: gr.Button(interactive=True), None, self.speak, **quiet
+        )
+        self.text.change(None, self.text, self.draft, js="(text) => text")
         self.text.change(None, [self.text, self.picker], self.count, js=self._counting())
         self.picker.change(None, [self.text, self.picker], self.count, js=self._counting())
         self.language.change(self._chips, self.language, self.chips, **quiet)

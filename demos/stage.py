@@ -23,6 +23,7 @@ class Piece:
     job: Job | None = None
     take: Take | None = None
     again: list[Piece] = field(default_factory=list)
+    repeats: bool = False  # it makes an earlier one again
 
     @property
     def key(self) -> str:
@@ -67,6 +68,7 @@ def stage(jobs: Iterable[Job], takes: Sequence[Take]) -> Stage:
     for piece in pieces:
         first = originals.setdefault((piece.order.group, piece.order.engine), piece)
         if first is not piece:
+            piece.repeats = True
             first.again.append(piece)
     newest = max(
         (first for first in originals.values() if first.order.group),

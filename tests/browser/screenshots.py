@@ -15,7 +15,7 @@ from tests.browser.conftest import FLAGS, ROOT, chromium, start_server, stop_ser
 
 IMAGES = ROOT / "docs" / "images"
 TEXT = "The stage is dark. Then one light comes up, and every voice speaks at once."
-ENGINES = ("espeak", "mms", "xtts")
+ENGINES = ("espeak", "vits", "mms", "xtts")
 SHOTS: dict[str, dict[str, Any]] = {
     "speech": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "light"},
     "speech-dark": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "dark"},
@@ -24,7 +24,7 @@ SHOTS: dict[str, dict[str, Any]] = {
 
 
 def shoot(browser: Browser, address: str, settings: dict[str, Any]) -> bytes:
-    """The page after three engines spoke, as png."""
+    """The page after some engines spoke, as png."""
     page = browser.new_context(**settings).new_page()
     page.goto(address)
     page.wait_for_selector("#speak:not([disabled])")

@@ -73,12 +73,26 @@ def test_reload_finds_the_running_job_and_stop_ends_it(visit):
     expect(stopped.locator(".reason")).to_have_text("Stopped.")
 
 
-def test_reload_finds_finished_work(visit):
+def test_a_dropped_network_is_survived(visit):
+    page = visit()
+    start_long_job(page)
+    with page.expect_event("requestfailed"):
+        page.context.set_offline(True)
+    with page.expect_navigation():  # Gradio loads the page anew once the server answers
+        page.context.set_offline(False)
+    page.wait_for_selector("#speak:not([disabled])")
+    wait_for(page, "unruly", "running")
+    page.click("#stop")
+    wait_for(page, "unruly", "stopped")
+
+
+def test_reload_finds_finished_work_and_the_text(visit):
     page = visit()
     speak(page, ["espeak"])
     wait_for(page, "espeak", "done")
     reload(page)
     done = wait_for(page, "espeak", "done")
+    expect(page.locator("#text textarea")).to_have_value(TEXT)
     page.wait_for_function("audio => audio.duration > 0.5", arg=done.locator("audio").element_handle())
 
 

@@ -55,6 +55,7 @@ def test_a_repetition_belongs_to_its_original_and_leaves_the_stage_as_it_is():
     assert [slot.take for slot in shown.slots] == [other]
     original = next(piece for piece in shown.earlier if piece.take is first)
     assert [piece.take for piece in original.again] == [repeated]
+    assert [piece.repeats for piece in shown.earlier] == [True, False]
 
 
 def test_a_job_whose_take_was_deleted_is_gone_with_it():
