@@ -8,14 +8,17 @@ import secrets
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
 
+from core.card import Ability
+from core.catalog import Catalog
 from core.errors import BadInput, SoundstageError
 from core.settings import Settings
 
@@ -88,8 +91,14 @@ def serve(
             share=share,
             auth=(user, password) if auth else None,
             show_error=debug,
+            prevent_thread_lock=True,
             **shell.launch_options(studio),
         )
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()
+        # Gradio's own ending waits five seconds for pages that are still open.
+        page.server.force_exit = True
+        page.close(verbose=False)
     finally:
         studio.close()
 
@@ -101,7 +110,7 @@ def engines(
     debug: Debug = False,
 ) -> None:
     """List the engines: what they are, what they can do, and their licences."""
-    from core.catalog import Catalog, as_markdown
+    from core.catalog import as_markdown
 
     cards = Catalog(_settings().engine_modules).cards()
     if as_json:
@@ -180,6 +189,8 @@ def generate(
     with _quiet_libraries(settings.home / "logs" / f"generate-{os.getpid()}.log") as terminal:
         studio = Studio(settings)
         try:
+            if voice:
+                _must_clone(studio.catalog, engine)
             [job] = studio.submit([order], COMMAND_LINE_VISITOR)
             try:
                 studio.wait(job, lambda job: _show_progress(job, terminal))
@@ -203,6 +214,12 @@ def generate(
             f"{out}: {cost['audio_seconds']:.2f} s of audio in {cost['generate_seconds']:.2f} s, "
             f"seed {order.seed}, weights: {job.take.weights['kind']}"
         )
+
+
+def _must_clone(catalog: Catalog, engine: str) -> None:
+    if Ability.CLONE not in catalog.card(engine).abilities:
+        able = ", ".join(card.id for card in catalog.cards() if Ability.CLONE in card.abilities)
+        raise BadInput(f"{catalog.card(engine).name} clones no voice; leave --voice out, or use: {able}.")
 
 
 def _key_value(text: str) -> tuple[str, str]:
@@ -235,7 +252,8 @@ def takes(
     """List finished work of everyone on this installation."""
     from core.takes import Takes
 
-    found = Takes(_settings().takes_folder).list(limit=limit)
+    with closing(Takes(_settings().takes_folder)) as kept:
+        found = kept.list(limit=limit)
     if as_json:
         _print_json([take.model_dump(mode="json") | {"folder": str(take.folder)} for take in found])
         return

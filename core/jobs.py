@@ -151,7 +151,8 @@ class Jobs:
             mine = sum(job.visitor == visitor for job in self._waiting)
             if mine + len(orders) > self._limit:
                 raise BadInput(
-                    f"{mine} of your jobs are waiting already, and {self._limit} may; stop some or wait."
+                    f"At most {self._limit} of your jobs may wait at once: {mine} waiting, "
+                    f"{len(orders)} asked for; stop some, or ask for fewer."
                 )
             jobs = [Job(secrets.token_urlsafe(16), visitor, order) for order in orders]
             for job in jobs:

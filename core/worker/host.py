@@ -254,7 +254,7 @@ class Host:
         """The weights' folder; looked up and checked again unless they are loaded at this moment."""
         asked = (card.id, checkpoint, choice, online)
         found = self._found.get(asked)
-        if found and self.residency.holds(card.id, found.folder, found.commit):
+        if found and found.kind != "folder" and self.residency.holds(card.id, found.folder, found.commit):
             return found
         self._found[asked] = found = weights.resolve(
             card,
@@ -341,6 +341,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _in_short(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError):  # whose text is a bare name
+        text = f"{text} is missing"
     return text if len(text) <= 300 else text[:300] + "…"
 
 

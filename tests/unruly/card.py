@@ -8,9 +8,9 @@ LICENCE = Licence(name="Apache-2.0")
 
 
 class UnrulyOptions(Options):
-    behave: Literal[
-        "well", "crash", "killed", "exit", "hang", "deaf", "frozen", "memory", "fail", "leak", "bad_load"
-    ] = knob("well", "What to do instead of working.")
+    behave: Literal["well", "crash", "killed", "exit", "hang", "deaf", "frozen", "memory", "fail", "leak"] = (
+        knob("well", "What to do instead of working.")
+    )
     steps: int = knob(3, "How many steps to report.", ge=1, le=100_000)
 
 
