@@ -175,6 +175,8 @@ def generate(
         raise BadInput(f"--out is {out.name!r}; its name should end in {', '.join(WRITTEN_SUFFIXES)}.")
     if not out.absolute().parent.is_dir():
         raise BadInput(f"There is no folder {str(out.absolute().parent)!r} to write {out.name!r} into.")
+    if out.is_dir():
+        raise BadInput(f"--out is the folder {out.name!r}; name a file to write.")
     if seed is not None and not 0 <= seed <= SEED_MAX:
         raise BadInput(f"--seed is {seed}; it may be 0 to {SEED_MAX}.")
     order = Order(
@@ -231,15 +233,17 @@ def _key_value(text: str) -> tuple[str, str]:
 
 def _export(take: Any, out: Path) -> dict[str, Any]:
     """Write a take's medium and its record to where the command line asked."""
-    from core.media import read_audio, write_audio
+    from core.media import convert_audio, room_for, write_whole
 
     medium = take.folder / take.media[0]["file"]
     if out.suffix.lower() == medium.suffix:
-        shutil.copyfile(medium, out)
+        with room_for(out.name):
+            shutil.copyfile(medium, out)
     else:
-        write_audio(out, read_audio(medium))
+        convert_audio(medium, out)
     record: dict[str, Any] = json.loads((take.folder / "record.json").read_text())
-    out.with_name(out.name + ".json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    beside = out.with_name(out.name + ".json")
+    write_whole(beside, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
     return record
 
 
@@ -317,11 +321,14 @@ def _clear_line(terminal: TextIO) -> None:
 @contextmanager
 def _quiet_libraries(log: Path) -> Iterator[TextIO]:
     """Send what libraries print, from Python and from C, to a file; yields the real standard error."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+    from core.media import room_for
+
+    with room_for(f"The log {log}"):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [os.dup(1), os.dup(2)]
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
         with os.fdopen(os.dup(kept[1]), "w") as terminal:
             os.dup2(descriptor, 1)

@@ -298,9 +298,10 @@ class Host:
             if _is_out_of_memory(error):
                 raise DoesNotFit(f"{card.name} does not fit the memory of {self.device.title}.") from None
             name = key.folder.name if key.folder else card.id
-            raise WeightsError(
-                f"{card.name} could not load its checkpoint {name!r}: {_in_short(error)}"
-            ) from error
+            reason = _in_short(error)
+            if isinstance(error, AttributeError | LookupError | TypeError):  # says nothing to a person
+                reason = f"one of its files is not what the library expects ({reason})."
+            raise WeightsError(f"{card.name} could not load its checkpoint {name!r}: {reason}") from error
         return engine
 
     def _device_used(self) -> int | None:
@@ -341,8 +342,6 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _in_short(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, KeyError):  # whose text is a bare name
-        text = f"{text} is missing"
     return text if len(text) <= 300 else text[:300] + "…"
 
 
