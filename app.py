@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -96,7 +97,8 @@ def serve(
         )
         with suppress(KeyboardInterrupt):
             threading.Event().wait()
-        # Gradio's own ending waits five seconds for pages that are still open.
+        # Gradio's own ending waits five seconds for open pages; cutting them off is an error to uvicorn.
+        logging.getLogger("uvicorn.error").disabled = True
         page.server.force_exit = True
         page.close(verbose=False)
     finally:
