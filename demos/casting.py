@@ -15,10 +15,11 @@ from demos.views import render
 
 @dataclass(frozen=True)
 class Hindrance:
-    """What is in the way of an engine, in a word or two, and whether that rules it out."""
+    """What is in the way of an engine, in a word or two."""
 
     word: str = ""
-    blocks: bool = False
+    blocks: bool = False  # it cannot take part
+    mild: bool = False  # it can, but not quite as asked
 
 
 def hindrance(card: Card, language: str, has_voice: bool) -> Hindrance:
@@ -27,7 +28,7 @@ def hindrance(card: Card, language: str, has_voice: bool) -> Hindrance:
     if card.reference_required and not has_voice:
         return Hindrance("needs a voice")
     if has_voice and Ability.CLONE not in card.abilities:
-        return Hindrance("own voice only")
+        return Hindrance("own voice only", mild=True)
     return Hindrance()
 
 

@@ -19,7 +19,7 @@ from core.takes import Take
 
 def add_endpoints(studio: Studio) -> None:
     """Add the endpoints to the present Blocks. Their fields are never shown: they carry names and choices."""
-    engines = [card.id for card in studio.cards(Modality.SPEECH)]
+    known = [card.id for card in studio.cards(Modality.SPEECH)]
 
     async def generate(
         text: str,
@@ -52,8 +52,8 @@ def add_endpoints(studio: Studio) -> None:
 
     with gr.Column(visible=False):
         text = gr.Textbox(label="Text")
-        engine = gr.Dropdown(engines, label="Engine", value=None)
-        several = gr.Dropdown(engines, label="Engines", value=None, multiselect=True)
+        engine = gr.Dropdown(known, label="Engine", value=None)
+        several = gr.Dropdown(known, label="Engines", value=None, multiselect=True)
         language = gr.Textbox("en", label="Language, ISO 639")
         voice = gr.Audio(label="Reference recording", type="filepath")
         voice_text = gr.Textbox("", label="What is said in the reference")
@@ -81,7 +81,11 @@ def add_endpoints(studio: Studio) -> None:
 
 
 def _seed(value: float) -> int:
-    return secrets.randbelow(SEED_MAX) if value is None or value < 0 else int(value)
+    if value is None or value < 0:
+        return secrets.randbelow(SEED_MAX)
+    if value > SEED_MAX:
+        raise gr.Error(f"The seed is {value:.0f}; it may be 0 to {SEED_MAX}.", print_exception=False)
+    return int(value)
 
 
 def _request(text: str, language: str, voice: str | None, voice_text: str, consent: bool) -> SpeechRequest:
@@ -94,7 +98,11 @@ def _request(text: str, language: str, voice: str | None, voice_text: str, conse
     )
 
 
-def _order(engine: str, request: SpeechRequest, options: dict[str, Any], seed: int, studio: Studio) -> Order:
+def _order(engine: str, request: SpeechRequest, options: Any, seed: int, studio: Studio) -> Order:
+    if not isinstance(options, dict):
+        raise gr.Error(
+            'The options are an object of names and values, like {"speed": 1.2}.', print_exception=False
+        )
     return Order(engine=engine, request=request, options=options, seed=seed, weights=studio.settings.weights)
 
 

@@ -12,13 +12,15 @@ _NONE = "–"
 
 
 def seconds(value: float | None) -> str:
-    """`0.042` -> `42 ms`, `4.62` -> `4.62 s`, `75` -> `1 min 15 s`."""
+    """`0.042` -> `42 ms`, `4.62` -> `4.62 s`, `75` -> `1 min 15 s`; whole seconds stay whole."""
     if value is None:
         return _NONE
     if value < 0.9995:
         return f"{value * 1000:.0f} ms"
     if value < 59.95:
-        return f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
+        return (
+            f"{value} s" if isinstance(value, int) else f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
+        )
     minutes, rest = divmod(round(value), 60)
     return f"{minutes} min {rest:02} s"
 

@@ -67,6 +67,7 @@ def engines(
                 "summary": card.summary,
                 "facts": card_facts(card),
                 "hindrance": hindrance.word,
+                "mild": hindrance.mild,
                 "blocked": hindrance.blocks,
                 "chosen": card.id in chosen,
                 "weights": plan.sentence if isinstance(plan, Plan) else str(plan or ""),
@@ -98,7 +99,8 @@ def option_controls(card: Card) -> dict[str, gr.components.Component]:
 
 
 def _control(name: str, field: Mapping[str, Any]) -> gr.components.Component:
-    # An optional value is a choice between its type and null.
+    # An optional value is a choice between its type and null, and a slider has no place for null.
+    optional = "anyOf" in field
     field = {**next((f for f in field.get("anyOf", ()) if f.get("type") != "null"), {}), **field}
     about = {
         "label": name.replace("_", " ").capitalize(),
@@ -112,7 +114,7 @@ def _control(name: str, field: Mapping[str, Any]) -> gr.components.Component:
             return gr.Dropdown(choices, filterable=len(choices) > 8, **about)
         case {"type": "boolean"}:
             return gr.Checkbox(**about)
-        case {"type": "integer" | "number" as kind} if low is not None and high is not None:
+        case {"type": "integer" | "number" as kind} if not (optional or low is None or high is None):
             fine = 1 if kind == "integer" else _fine_step(high - low)
             return gr.Slider(low, high, step=field.get("step", fine), **about)
         case {"type": "integer" | "number" as kind}:

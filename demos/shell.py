@@ -10,6 +10,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 
 import gradio as gr
 
+from core.errors import BadInput
 from core.studio import Status, Studio
 from demos import figures
 from demos.endpoints import add_endpoints
@@ -17,7 +18,9 @@ from demos.speech import SpeechTab
 from demos.theme import theme
 from demos.views import ASSETS, asset, drawing, render
 
-TICK_SECONDS = 3.0  # how often an open page asks for the header's figures
+TABS = {"speech": SpeechTab}
+TICK_SECONDS = 4.0  # how often an open page asks for the header's figures, and whether jobs run
+SLOW_TICK_SECONDS = 30.0  # and whether engines have their weights by now
 SESSIONS = 300  # kept in memory; each is about 125 KB
 OPEN_PAGES = 200  # pages that can watch running jobs at once
 
@@ -29,15 +32,16 @@ def build(studio: Studio) -> gr.Blocks:
         with gr.Row(elem_classes="header"):
             gr.HTML(render("header", logo=drawing("logo.svg")), apply_default_css=False, elem_classes="brand")
             chips = gr.HTML(_status(studio), apply_default_css=False, elem_classes="status")
-        tab = SpeechTab(studio, visitor)
-        timer = gr.Timer(TICK_SECONDS)
+        tabs = _tabs(studio, visitor)
+        timer, slow_timer = gr.Timer(TICK_SECONDS), gr.Timer(SLOW_TICK_SECONDS)
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         known = gr.State(False)
         page.load(
             lambda token: (token or secrets.token_urlsafe(24), True), visitor, [visitor, known], **quiet
         )
         timer.tick(lambda: _status(studio), None, chips, queue=False, **quiet)
-        tab.wire(known.change, timer.tick)
+        for tab in tabs:
+            tab.wire(known.change, timer.tick, slow_timer.tick)
         add_endpoints(studio)
     return page
 
@@ -56,6 +60,21 @@ def launch_options(studio: Studio) -> dict[str, Any]:
         "max_threads": OPEN_PAGES,
         "state_session_capacity": SESSIONS,
     }
+
+
+def _tabs(studio: Studio, visitor: gr.BrowserState) -> list[SpeechTab]:
+    wanted = studio.settings.tabs or tuple(TABS)
+    for name in wanted:
+        if name not in TABS:
+            raise BadInput(f"There is no tab {name!r}; the tabs are: {', '.join(TABS)}.")
+    if len(wanted) == 1:
+        return [TABS[wanted[0]](studio, visitor)]
+    built = []
+    with gr.Tabs():
+        for name in wanted:
+            with gr.Tab(TABS[name].name, id=name):
+                built.append(TABS[name](studio, visitor))
+    return built
 
 
 def _status(studio: Studio) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import gradio as gr
 
 from core.card import Card, Modality
 from core.errors import SoundstageError
+from core.jobs import Job
 from core.requests import SEED_MAX, Order, SpeechRequest
 from core.studio import Studio
 from core.takes import Take
@@ -25,7 +29,8 @@ from demos.stage import Stage, stage
 from demos.tracks import longest, track
 from demos.views import ASSETS, asset, render
 
-TAKES_LISTED = 100
+TAKES_LISTED = 40
+LISTING_SECONDS = 2.0  # how old the list of takes may be while jobs run
 FIRST_CHOICE = 2  # engines chosen when the page opens
 
 Form = Mapping[Any, Any]  # component -> its value
@@ -179,12 +184,12 @@ class SpeechTab:
 
     # What happens when
 
-    def wire(self, ready: Any, tick: Any) -> None:
+    def wire(self, ready: Any, tick: Any, slow_tick: Any) -> None:
         """Connect the events.
 
         Args:
             ready: the event after which `visitor` holds a token.
-            tick: an event every few seconds.
+            tick, slow_tick: events every few seconds, and every half minute.
         """
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         ready(lambda: gr.Button(interactive=True), None, self.speak, **quiet)
@@ -196,9 +201,14 @@ class SpeechTab:
         self.voice.change(
             lambda voice: gr.Checkbox(visible=bool(voice), value=False), self.voice, self.consent, **quiet
         )
-        self.licences.change(lambda chosen: chosen, self.licences, self.accepted, **quiet)
+        self.licences.input(
+            lambda ticked, chosen, kept: [*ticked, *(e for e in kept if e not in chosen)],
+            [self.licences, self.picker, self.accepted],
+            self.accepted,
+            **quiet,
+        )
         gr.on(
-            [ready, tick, self.language.change, self.picker.change, self.voice.change],
+            [ready, slow_tick, self.language.change, self.picker.change, self.voice.change],
             self._fit,
             [self.picker, self.language, self.voice, self.accepted, self.sent],
             [self.picker, self.licences, self.banner, *self.option_groups.values()],
@@ -263,11 +273,16 @@ class SpeechTab:
         )
         notice = banner(self.cards, planned)
         return [
-            _changed(sent, "picker", content, gr.HTML(content=content)),
-            _changed(sent, "licences", list(needed), boxes),
-            _changed(sent, "banner", notice, notice),
+            _changed(sent, "picker", content, lambda: gr.HTML(content=content)),
+            _changed(sent, "licences", list(needed), lambda: boxes),
+            _changed(sent, "banner", notice, lambda: notice),
             *(
-                _changed(sent, f"options of {engine}", engine in chosen, gr.Group(visible=engine in chosen))
+                _changed(
+                    sent,
+                    f"options of {engine}",
+                    engine in chosen,
+                    partial(gr.Group, visible=engine in chosen),
+                )
                 for engine in self.option_groups
             ),
         ]
@@ -343,10 +358,12 @@ class SpeechTab:
         if not sent.pop("whole", True):  # the last watch broke off: what it sent may not have arrived
             sent.clear()
         sent["whole"] = False
+        listing = _Listing(lambda: self._takes(visitor))
         first = True
         async for _ in self.studio.changes(visitor):
             jobs = self.studio.jobs(visitor)
-            updates = self._view(stage(jobs, self._takes(visitor)), sent)
+            # In a thread: disk and templates must not hold up the server's loop.
+            updates = await asyncio.to_thread(self._view, jobs, listing, sent)
             if first or any(update != gr.skip() for update in updates):
                 yield updates
             first = False
@@ -358,20 +375,29 @@ class SpeechTab:
         kept = self.studio.list_takes(visitor, Modality.SPEECH, TAKES_LISTED)
         return [take for take in kept if take.engine in self.cards]  # an engine may have been removed
 
-    def _view(self, shown: Stage, sent: dict[str, Any]) -> list[Any]:
+    def _view(self, jobs: Sequence[Job], listing: _Listing, sent: dict[str, Any]) -> list[Any]:
+        shown = stage(jobs, listing.of(jobs))
         span = longest(shown.slots)
         finished = [slot.take for slot in shown.slots if slot.take]
-        html = [track(slot, self.cards[slot.order.engine], span) for slot in shown.slots]
-        html += [""] * (len(self.tracks) - len(html))
-        table = comparison(finished, self.cards)
-        rows = earlier(shown.earlier, self.cards)
-        say = _say(shown, self.cards)
+        made = [take.id for take in finished]
+        empty = len(self.tracks) - len(shown.slots)
         return [
-            *(_changed(sent, f"track {place}", text, text) for place, text in enumerate(html)),
-            _changed(sent, "comparison", table, table),
-            _changed(sent, "exports", bool(finished), gr.Row(visible=bool(finished))),
-            _changed(sent, "earlier", rows, rows),
-            _changed(sent, "say", say, say),
+            *(
+                _changed(
+                    sent,
+                    f"track {place}",
+                    (slot.looks, span),
+                    partial(track, slot, self.cards[slot.order.engine], span),
+                )
+                for place, slot in enumerate(shown.slots)
+            ),
+            *(_changed(sent, f"track {len(shown.slots) + place}", None, str) for place in range(empty)),
+            _changed(sent, "comparison", made, lambda: comparison(finished, self.cards)),
+            _changed(sent, "exports", bool(made), lambda: gr.Row(visible=bool(made))),
+            _changed(
+                sent, "takes", [p.looks for p in shown.earlier], lambda: earlier(shown.earlier, self.cards)
+            ),
+            _changed(sent, "say", [p.state for p in shown.slots], lambda: _say(shown, self.cards)),
         ]
 
     # Files to take home
@@ -406,12 +432,28 @@ def _new_seed() -> int:
     return secrets.randbelow(10**6)  # short enough to read out; any value up to SEED_MAX can be typed
 
 
-def _changed(sent: dict[str, Any], name: str, value: Any, update: Any) -> Any:
-    """The update, or nothing where the page shows this value already."""
-    if name in sent and sent[name] == value:
+def _changed(sent: dict[str, Any], name: str, looks: Any, update: Callable[[], Any]) -> Any:
+    """The update, or nothing where the page shows these looks already."""
+    if name in sent and sent[name] == looks:
         return gr.skip()
-    sent[name] = value
-    return update
+    sent[name] = looks
+    return update()
+
+
+class _Listing:
+    """The takes of a browser, read from disk again only when a job ended, and now and then."""
+
+    def __init__(self, read: Callable[[], list[Take]]) -> None:
+        self._read = read
+        self._ended: set[str] = set()
+        self._takes: list[Take] = []
+        self._at = float("-inf")
+
+    def of(self, jobs: Sequence[Job]) -> list[Take]:
+        ended = {job.id for job in jobs if job.over}
+        if ended != self._ended or time.monotonic() - self._at > LISTING_SECONDS:
+            self._ended, self._takes, self._at = ended, self._read(), time.monotonic()
+        return self._takes
 
 
 def _say(shown: Stage, cards: Mapping[str, Card]) -> str:

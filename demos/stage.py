@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from core.jobs import Job
 from core.requests import Order
@@ -35,6 +35,12 @@ class Piece:
     @property
     def over(self) -> bool:
         return self.state in ("done", "failed", "stopped")
+
+    @property
+    def looks(self) -> tuple[Any, ...]:
+        """What a drawing of it depends on: equal looks need no new one."""
+        job = None if self.over or self.job is None else (self.job.event, len(self.job.chunks))
+        return self.key, self.state, job, verdict(self)
 
     @property
     def noise(self) -> bool:

@@ -35,7 +35,7 @@ def _on_its_way(job: Job) -> dict[str, Any]:
     return {
         "note": _note(job),
         "fraction": job.fraction,
-        "left": f"about {figures.seconds(max(1, round(job.seconds_left)))} left" if job.seconds_left else "",
+        "left": _left(job),
         "chunks": [address(job.folder / chunk.file) for chunk in job.chunks if job.folder],
         "chunk_seconds": figures.seconds(heard),
         "reason": job.reason,
@@ -44,15 +44,20 @@ def _on_its_way(job: Job) -> dict[str, Any]:
 
 def _note(job: Job) -> str:
     match job.event:
-        case Queued(position=0):
-            return "Next in the queue"
-        case Queued(position=ahead):
-            return f"In the queue, {ahead} before it"
+        case Queued(position=ahead, seconds=wait):
+            place = f"in the queue, {ahead} before it" if ahead else "next in the queue"
+            return f"{place}; starts in about {figures.seconds(max(1, round(wait)))}" if wait else place
         case Loading(note=note, done=done, total=total):
             return f"{note}: {figures.size(done)} of {figures.size(total)}" if total else note
         case Step(note=note, done=done, total=total):
             return f"{note or 'steps'}: {done:,} of {total:,}" if total else note
     return ""
+
+
+def _left(job: Job) -> str:
+    if job.seconds_left is None or job.state == "queued":
+        return ""
+    return f"about {figures.seconds(max(1, round(job.seconds_left)))} left"
 
 
 def _finished(take: Take, card: Card, span: float) -> dict[str, Any]:
@@ -103,7 +108,10 @@ def facts(take: Take) -> list[tuple[str, str]]:
     return [
         ("Duration", figures.seconds(cost.get("audio_seconds"))),
         ("First sound", figures.seconds(cost.get("first_audio_seconds"))),
-        ("Loading", figures.seconds(cost.get("load_seconds"))),
+        (
+            "Loading",
+            figures.seconds(cost.get("load_seconds")) if cost.get("load_seconds") else "loaded before",
+        ),
         ("Generation", figures.seconds(cost.get("generate_seconds"))),
         ("Real-time factor", figures.factor(cost.get("real_time_factor"))),
         ("Peak device memory", figures.size(device)),

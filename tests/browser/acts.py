@@ -9,6 +9,11 @@ from playwright.sync_api import Locator, Page, expect
 TEXT = "The kettle clicked off. Snow fell on the garden wall."
 
 
+def reload(page: Page) -> None:
+    page.reload()
+    page.wait_for_selector("#speak:not([disabled])")
+
+
 def choose(page: Page, engines: Iterable[str]) -> None:
     """Tick exactly these engines."""
     wanted = set(engines)

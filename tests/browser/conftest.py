@@ -30,7 +30,9 @@ def chromium() -> str | None:
     return os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 
 
-def start_server(home: Path, **settings: str) -> tuple[subprocess.Popen[bytes], str]:
+def start_server(
+    home: Path, weights: str = "miniature", **settings: str
+) -> tuple[subprocess.Popen[bytes], str]:
     """Start `app.py serve` on a free port; returns the process and the page's address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -44,7 +46,7 @@ def start_server(home: Path, **settings: str) -> tuple[subprocess.Popen[bytes], 
     }
     with (home / "server.log").open("wb") as log:
         server = subprocess.Popen(
-            [sys.executable, "app.py", "serve", "--port", str(port)],
+            [sys.executable, "app.py", "serve", "--port", str(port), "--weights", weights],
             cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
     address = f"http://127.0.0.1:{port}/"
@@ -103,17 +105,16 @@ def visit(browser, site: str) -> Iterator[Callable]:
     At the end no page may have asked another host for anything, or have thrown an error.
     """
     contexts, strangers, errors = [], [], []
-    own = urlparse(site).netloc
 
-    def open_page(context=None, **settings):
+    def open_page(context=None, address: str = site, **settings):
         if context is None:
             context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | settings))
             context.set_default_timeout(40_000)
             contexts.append(context)
-            context.on("request", lambda request: _note_stranger(request.url, own, strangers))
+            context.on("request", lambda request: _note_stranger(request.url, address, strangers))
         page = context.new_page()
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(site)
+        page.goto(address)
         page.wait_for_selector("#speak:not([disabled])")
         return page
 
@@ -124,7 +125,7 @@ def visit(browser, site: str) -> Iterator[Callable]:
     assert errors == [], "the page threw errors"
 
 
-def _note_stranger(url: str, own: str, strangers: list[str]) -> None:
+def _note_stranger(url: str, page: str, strangers: list[str]) -> None:
     parts = urlparse(url)
-    if parts.scheme in ("http", "https", "ws", "wss") and parts.netloc != own:
+    if parts.scheme in ("http", "https", "ws", "wss") and parts.netloc != urlparse(page).netloc:
         strangers.append(url)

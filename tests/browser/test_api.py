@@ -62,7 +62,9 @@ def test_speech_compare_speaks_with_each_engine_in_order(client: Client):
         ({"text": "Hi.", "engine": "espeak", "options": {"speed": 9999}}, "option 'speed' is 9999"),
         ({"text": "Hi.", "engine": "espeak", "options": {"sped": 1}}, "there is no option 'sped'"),
         ({"text": "Hi.", "engine": "vits", "language": "sw"}, "does not speak"),
-        ({"text": "Hi.", "engine": "espeak", "seed": 2**40}, "seed"),
+        ({"text": "Hi.", "engine": "espeak", "seed": 2**40}, "The seed is 1099511627776"),
+        ({"text": "Hi.", "engine": "espeak", "options": [1]}, "The options are an object"),
+        ({"text": "Hi.", "engine": "nobody"}, "nobody"),
     ],
 )
 def test_bad_input_is_named_in_a_sentence(client: Client, ask: dict[str, Any], sentence: str):
