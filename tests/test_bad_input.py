@@ -93,10 +93,9 @@ def outcome(studio: Studio, asked: Order) -> str:
 @pytest.mark.parametrize(
     "text",
     [
-        pytest.param("Hello 😀 there.", id="emoji"),
+        pytest.param("Hello 😀.", id="emoji"),
         pytest.param("שלום, مرحبا.", id="right-to-left"),
-        pytest.param("Hello \u202eereht\u202c\u200b there.", id="direction marks"),
-        pytest.param("Such as a < b & c > d {x} \\n %s.", id="signs of markup and formats"),
+        pytest.param("a < b & c \u202e\u200b{x} %s.", id="signs of markup, formats and direction"),
     ],
 )
 def test_strange_text_is_spoken_or_refused_in_a_sentence(studio: Studio, engine: str, text: str) -> None:
@@ -160,11 +159,9 @@ def _with(value: float) -> Any:
 
 SOUND, RATE = speech().samples, speech().rate
 GOOD: dict[str, Callable[[Path], None]] = {
-    "8-bit.wav": _write(SOUND, RATE, subtype="PCM_U8"),
+    "8-bit-stereo.wav": _write(np.stack([SOUND, 0.2 * SOUND], 1), RATE, subtype="PCM_U8"),
     "96-khz.wav": _write(resample(speech(), 96000).samples, 96000),
-    "stereo.wav": _write(np.stack([SOUND, 0.2 * SOUND], 1), RATE),
     "a.mp3": lambda file: write_audio(file, speech()),
-    "a.m4a": _m4a,
     "m4a-named.wav": _m4a,
 }
 BAD: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -212,8 +209,8 @@ def test_ten_minutes_are_heard_in_part_or_refused_with_the_limit(
     assert said == "done" or "is 600.0 s long" in said
 
 
-@pytest.mark.parametrize("engine", [engine for engine in CARDS if engine not in CLONING])
-def test_an_engine_that_cannot_clone_keeps_no_recording(studio: Studio, engine: str) -> None:
+def test_an_engine_that_cannot_clone_keeps_no_recording(studio: Studio) -> None:
+    engine = next(engine for engine in CARDS if engine not in CLONING)
     voice = ROOT / "assets/voices" / VOICE["file"]
     assert outcome(studio, order(engine, voice=voice, voice_text=VOICE["text"])) == "done"
     take = studio.list_takes("anna", limit=1)[0]
@@ -234,8 +231,7 @@ def test_each_file_of_a_checkpoint_may_be_missing_or_damaged(
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     for file in [file for file in files if file.suffix != ".npy"]:
         content, name = file.read_bytes(), file.name
-        damages = [None, b"", content[: len(content) // 2]]
-        damages += [b"{}", b"[]"] if file.suffix == ".json" else []
+        damages = [b"", content[: len(content) // 2], b"[]" if file.suffix == ".json" else None]
         for damage in damages:
             file.unlink()
             if damage is not None:
