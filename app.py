@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -17,6 +19,8 @@ from typing import Annotated, Any, TextIO
 import typer
 from pydantic import ValidationError
 
+from core.card import Ability
+from core.catalog import Catalog
 from core.errors import BadInput, SoundstageError
 from core.logs import new_log
 from core.settings import Settings
@@ -98,8 +102,15 @@ def serve(
             share=share,
             auth=(user, password) if auth else None,
             show_error=debug,
+            prevent_thread_lock=True,
             **shell.launch_options(studio),
         )
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()
+        # Gradio's own ending waits five seconds for open pages; cutting them off is an error to uvicorn.
+        logging.getLogger("uvicorn.error").disabled = True
+        page.server.force_exit = True
+        page.close(verbose=False)
     finally:
         studio.close()
 
@@ -127,7 +138,7 @@ def engines(
     debug: Debug = False,
 ) -> None:
     """List the engines: what they are, what they can do, and their licences."""
-    from core.catalog import Catalog, as_markdown
+    from core.catalog import as_markdown
 
     cards = Catalog(_settings().engine_modules).cards()
     if as_json:
@@ -211,6 +222,8 @@ def generate(
     with _quiet_libraries(new_log(settings.home, "generate")) as terminal:
         studio = Studio(settings)
         try:
+            if voice:
+                _must_clone(studio.catalog, engine)
             [job] = studio.submit([order], COMMAND_LINE_VISITOR)
             studio.wait(job, lambda job: _show_progress(job, terminal))
             _clear_line(terminal)
@@ -230,6 +243,12 @@ def generate(
             f"{out}: {cost['audio_seconds']:.2f} s of audio in {cost['generate_seconds']:.2f} s, "
             f"seed {order.seed}, weights: {job.take.weights['kind']}"
         )
+
+
+def _must_clone(catalog: Catalog, engine: str) -> None:
+    if Ability.CLONE not in catalog.card(engine).abilities:
+        able = ", ".join(card.id for card in catalog.cards() if Ability.CLONE in card.abilities)
+        raise BadInput(f"{catalog.card(engine).name} clones no voice; leave --voice out, or use: {able}.")
 
 
 def _key_value(text: str) -> tuple[str, str]:
@@ -330,8 +349,8 @@ def _quiet_libraries(log: Path) -> Iterator[TextIO]:
     """Send what libraries print, from Python and from C, to a file; yields the real standard error."""
     sys.stdout.flush()
     sys.stderr.flush()
-    kept = [os.dup(1), os.dup(2)]
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    kept = [os.dup(1), os.dup(2)]
     try:
         with os.fdopen(os.dup(kept[1]), "w") as terminal:
             os.dup2(descriptor, 1)

@@ -167,7 +167,8 @@ class Jobs:
             mine = sum(job.visitor == visitor for job in self._waiting)
             if mine + len(orders) > self._limit:
                 raise BadInput(
-                    f"{mine} of your jobs are waiting already, and {self._limit} may; stop some or wait."
+                    f"At most {self._limit} of your jobs may wait at once: {mine} waiting, "
+                    f"{len(orders)} asked for; stop some, or ask for fewer."
                 )
             self._turns.setdefault(visitor, next(self._turn))
             self._jobs.update((job.id, job) for job in jobs)
@@ -305,16 +306,17 @@ class Jobs:
         return Done(job.take.id)
 
     def _end(self, job: Job, event: Done | Failed | Stopped) -> None:
+        if not isinstance(event, Done) and job.folder:
+            shutil.rmtree(job.folder, ignore_errors=True)  # first: a job that is over has left nothing
         job.event = event
         job.ended = time.time()
-        job.state = (
-            "done" if isinstance(event, Done) else "failed" if isinstance(event, Failed) else "stopped"
-        )
         if isinstance(event, Failed | Stopped):
             job.reason = event.reason
             job.detail = event.detail if isinstance(event, Failed) else ""
-            if job.folder:
-                shutil.rmtree(job.folder, ignore_errors=True)
+        # Last, because others read a job without the lock once it is over.
+        job.state = (
+            "done" if isinstance(event, Done) else "failed" if isinstance(event, Failed) else "stopped"
+        )
         self._forget_old(job.visitor)
 
     def _forget_old(self, visitor: str) -> None:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from core.card import Ability, Card, Modality, Options
 from core.errors import BadInput
-from core.media import probe_audio
+from core.media import probe_audio, read_audio
 
 SEED_MAX = 2**31 - 1
 _CUE = re.compile(r"\[[^\[\]\n]{1,40}\]")
@@ -64,7 +64,12 @@ def _first_fault(error: ValidationError, options: type[Options]) -> str:
         known = ", ".join(options.model_fields) or "none"
         return f"there is no option {name!r}; the options are: {known}."
     message = fault["msg"].removeprefix("Value error, ")
-    return f"option {name!r} is {fault['input']!r}: {message[0].lower()}{message[1:]}."
+    return f"option {name!r} is {_shown(fault['input'])}: {message[0].lower()}{message[1:]}."
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def check(card: Card, request: Request, options: Options, weights: Path | None = None) -> None:
@@ -75,7 +80,9 @@ def check(card: Card, request: Request, options: Options, weights: Path | None =
     _check_text(card, request.text)
     if card.languages and request.language not in card.languages:
         known = ", ".join(card.languages)
-        raise BadInput(f"{card.name} does not speak {request.language!r}; it speaks: {known}.")
+        plain = re.split("[-_]", request.language.lower())[0]
+        right = f"write {plain!r}" if plain in card.languages else f"it speaks: {known}"
+        raise BadInput(f"{card.name} does not speak {_shown(request.language)}; {right}.")
     _check_reference(card, request)
     if card.check:
         card.check(request, options, weights)
@@ -117,3 +124,5 @@ def _check_reference(card: Card, request: Request) -> None:
             f"The reference recording is {facts.seconds:.1f} s long; {card.name} needs at least "
             f"{card.reference_seconds[0]:g} s."
         )
+    longest = card.reference_seconds[1] if card.reference_seconds else None
+    read_audio(request.voice, limit_seconds=longest)  # silence and samples that are no numbers show only so

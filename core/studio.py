@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from core import takes, weights
-from core.card import Card, Checkpoint, Modality, Options
+from core.card import Ability, Card, Checkpoint, Modality, Options
 from core.catalog import Catalog
 from core.errors import BadInput
 from core.events import Finished
@@ -122,9 +122,17 @@ class Studio:
         """Queue orders, all or none; raises what `check` raises."""
         if not orders:
             raise BadInput("No engine is chosen; choose at least one.")
+        orders = [self._without_idle_voice(order) for order in orders]
         for order in orders:
             self.check(order)
         return self._jobs.submit(orders, visitor)
+
+    def _without_idle_voice(self, order: Order) -> Order:
+        """A recording is kept only where it is heard: an engine that cannot clone gets none."""
+        if order.request.voice is None or Ability.CLONE in self.catalog.card(order.engine).abilities:
+            return order
+        unheard = {"voice": None, "voice_text": "", "consent": False}
+        return order.model_copy(update={"request": order.request.model_copy(update=unheard)})
 
     def again(self, take_id: str, visitor: str) -> Job:
         """Make a take again from its own record: same request, options, seed and weights."""

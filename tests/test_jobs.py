@@ -188,7 +188,7 @@ def test_too_many_waiting_jobs_are_refused_whole():
     jobs = queue(HandWorker(), limit=2)
     jobs.submit([order()], "x")  # runs at once
     jobs.submit([order()], "x")
-    with pytest.raises(BadInput, match="1 of your jobs are waiting"):
+    with pytest.raises(BadInput, match="At most 2 of your jobs may wait at once: 1 waiting, 2 asked for"):
         jobs.submit([order(), order()], "x")
     assert len(jobs.of("x")) == 2
     jobs.submit([order()], "y")

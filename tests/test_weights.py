@@ -536,7 +536,7 @@ def test_threads_that_ask_at_once_get_one_whole_miniature(hub, resolve):
 def test_a_given_folder_is_used_as_it_is(resolve, tmp_path):
     folder = write_checkpoint(tmp_path / "mine", 100)
     got = resolve(str(folder), online=False)
-    assert (got.kind, got.folder, got.commit) == ("folder", folder, "")
+    assert (got.kind, got.folder, got.repository) == ("folder", folder, "")
     assert weights.plan(card(), CHECKPOINT, str(folder), False).real
 
 
@@ -573,7 +573,7 @@ def truncate(file: Path, keep: int) -> None:
             lambda f: truncate(f / "model.safetensors", 20),
             "model.safetensors is truncated or not a safetensors",
         ),
-        (lambda f: truncate(f / "model.safetensors", 0), "model.safetensors is not a safetensors file"),
+        (lambda f: truncate(f / "model.safetensors", 0), "model.safetensors is empty (0 bytes)"),
         (
             lambda f: (f / "model.safetensors").write_text("<html>" * 99),
             "model.safetensors is truncated or not",

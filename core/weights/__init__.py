@@ -55,7 +55,8 @@ class Resolved:
     folder: Path | None
     kind: str  # none, hub, miniature or folder
     repository: str
-    commit: str  # of the repository; the sha256 of an archive; the hash of a miniature's builder
+    # Of the repository; else a hash: of an archive, a miniature's builder, the sizes and dates of a folder.
+    commit: str
     bytes: int
     also: dict[str, str] = field(default_factory=dict)  # further repositories and their commits
     note: str = ""  # why these weights are not those first planned; else empty
@@ -98,7 +99,7 @@ def plan(card: Card, checkpoint: Checkpoint, choice: str, online: bool, *, size:
 
 def _given(card: Card, checkpoint: Checkpoint, choice: str) -> Plan:
     folder = Path(choice).expanduser()
-    if not folder.is_dir():
+    if not choice or not folder.is_dir():
         raise BadInput(
             f"There is no weights folder {choice!r}; weights are auto, hub, miniature or an existing folder."
         )
@@ -149,7 +150,7 @@ def resolve(
     if chosen.kind == "folder":
         assert chosen.folder is not None
         _refuse_damage(chosen.folder, "Give a whole copy.")
-        return Resolved(chosen.folder, "folder", "", "", bytes_of(chosen.folder))
+        return Resolved(chosen.folder, "folder", "", _state(chosen.folder), bytes_of(chosen.folder))
     if chosen.kind == "miniature":
         return _miniature(card, checkpoint, cache, package, report)
     found = chosen.cached
@@ -231,6 +232,12 @@ def _miniature(
 
 def _sizes(folder: Path) -> dict[str, int]:
     return {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def _state(folder: Path) -> str:
+    """Changes when a file of the folder is replaced, so that weights loaded earlier are not taken for it."""
+    files = [(f, f.stat()) for f in sorted(folder.rglob("*")) if f.is_file()]
+    return _stamp(json.dumps([(str(f.relative_to(folder)), s.st_size, s.st_mtime_ns) for f, s in files]))
 
 
 def _stamp(text: str) -> str:

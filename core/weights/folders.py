@@ -17,6 +17,7 @@ from core.card import Checkpoint
 
 _TORCH = {".pth", ".pt", ".ckpt"}
 _CHECKED = _TORCH | {".bin", ".safetensors", ".json", ".npz", ".h5", ".onnx"}
+_NEVER_EMPTY = _CHECKED | {".txt", ".yaml", ".npy"}
 _HEADER_LIMIT = 100_000_000  # bytes; the safetensors library refuses longer headers
 _JSON_LIMIT = 1_000_000  # bytes; larger ones (big vocabularies) are left to the engine to read
 
@@ -53,13 +54,15 @@ def damage(folder: Path) -> str:
     Reads headers and ends only: it costs a few milliseconds, whatever the size.
     """
     for file in sorted(folder.rglob("*")):
-        if file.suffix in _CHECKED and file.is_file() and (fault := _fault(file)):
+        if file.suffix in _NEVER_EMPTY and file.is_file() and (fault := _fault(file)):
             return f"{file.relative_to(folder)} {fault}"
     return ""
 
 
 def _fault(file: Path) -> str:
     size = file.stat().st_size
+    if not size:
+        return "is empty (0 bytes)"
     with file.open("rb") as source:
         start = source.read(64)
     if start.startswith(b"version https://git-lfs"):
@@ -73,17 +76,21 @@ def _fault(file: Path) -> str:
             "" if start.startswith(b"\x80") else "is not a PyTorch file"
         )  # 0x80: a pickle, before torch 1.6
     if file.suffix == ".json" and size <= _JSON_LIMIT:
-        return _json_fault(file.read_bytes())
+        return _json_fault(file)
     return ""
 
 
-def _json_fault(text: bytes) -> str:
+def _json_fault(file: Path) -> str:
+    text = file.read_bytes()
     try:
-        json.loads(text)
+        content = json.loads(text)
     except ValueError:
         # Coqui's older configs hold comments, which its own reader strips: those end as JSON does.
         if not text.rstrip().endswith((b"}", b"]")):
             return "is not readable JSON: truncated, or another file under that name"
+        return ""
+    if file.name.endswith("config.json") and not isinstance(content, dict):
+        return "holds no settings by name"
     return ""
 
 

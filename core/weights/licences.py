@@ -29,7 +29,7 @@ def may_use(card: Card, plan: Plan, accepted: frozenset[str]) -> None:
     raise LicenceNeeded(
         card.id,
         f"{card.name}'s weights are under the {licence.name}{where}; accept it first, on the page or with "
-        f"SOUNDSTAGE_ACCEPT_LICENCES={card.id}.",
+        f"--accept-licence {card.id}.",
     )
 
 

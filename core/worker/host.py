@@ -274,7 +274,7 @@ class Host:
         """The weights' folder; looked up and checked again unless they are loaded at this moment."""
         asked = (card.id, checkpoint, choice, online)
         found = self._found.get(asked)
-        if found and self.residency.holds(card.id, found.folder, found.commit):
+        if found and found.kind != "folder" and self.residency.holds(card.id, found.folder, found.commit):
             return found
         self._found[asked] = found = weights.resolve(
             card,
@@ -318,9 +318,10 @@ class Host:
             if _is_out_of_memory(error):
                 raise DoesNotFit(f"{card.name} does not fit the memory of {self.device.title}.") from None
             name = key.folder.name if key.folder else card.id
-            raise WeightsError(
-                f"{card.name} could not load its checkpoint {name!r}: {_in_short(error)}"
-            ) from error
+            reason = _in_short(error)
+            if isinstance(error, AttributeError | LookupError | TypeError):  # says nothing to a person
+                reason = f"one of its files is not what the library expects ({reason})."
+            raise WeightsError(f"{card.name} could not load its checkpoint {name!r}: {reason}") from error
         return engine
 
     def _device_used(self) -> int | None:

@@ -43,8 +43,12 @@ def plan(card: Card, weight_bytes: int, room: Room) -> Placement:
         return Placement(room.device, room.half_dtype if half else "float32", "resident")
     if room.device != "cpu" and need <= room.ram_bytes:
         return Placement("cpu", "float32", "cpu")
-    most = max(room.device_bytes, room.ram_bytes)
+    most = room.device_bytes if room.device == "cpu" else max(room.device_bytes, room.ram_bytes)
     raise DoesNotFit(
-        f"{card.name} needs about {need / 2**30:.1f} GiB, and {most / 2**30:.1f} GiB can be had; "
+        f"{card.name} needs about {_size(need)}, and {_size(most)} can be had; "
         "choose a smaller checkpoint or raise the memory budget."
     )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -135,6 +135,8 @@ class WorkerProcess:
         with self._lock:
             self._closing = True
             self.state = "closed"
+            if self._current:
+                self._send(StopJob(self._current.job))
             self._send(Quit())
         self._process.join(2)
         self._process.kill()

@@ -64,7 +64,7 @@ def voices(weights: Path) -> list[str]:
         presets = json.loads((weights / VOICES_FILE).read_text("utf-8"))
         return [name for name, files in presets.items() if isinstance(files, dict)]
     except (OSError, ValueError, AttributeError) as error:
-        raise WeightsError(f"{VOICES_FILE} of this checkpoint cannot be read: {error}") from None
+        raise WeightsError(f"{VOICES_FILE} of this checkpoint cannot be read ({error}).") from None
 
 
 def preset(options: BarkOptions, language: str, known: list[str]) -> str:

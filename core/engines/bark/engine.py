@@ -25,6 +25,7 @@ _LETTERS_PER_SECOND = {"zh": 4, "ja": 5, "ko": 5}
 _OTHERS_PER_SECOND = 14
 _PIECE_SECONDS = 13
 _VOICE_SECONDS = 1.0  # a shorter piece says too little about the voice to go on with
+_GENERATION = ("semantic_config", "coarse_acoustics_config", "fine_acoustics_config")
 _FINE_STEP = 10  # one step of the fine stage reads 1024 frames at once: about as long as ten tokens
 
 
@@ -46,6 +47,8 @@ class BarkEngine(Engine):
             raise WeightsError(
                 f"The checkpoint lacks {len(missing)} of Bark's tensors, {min(missing)} for one."
             )
+        if absent := [name for name in _GENERATION if not hasattr(self.model.generation_config, name)]:
+            raise WeightsError(f"generation_config.json of this checkpoint lacks {', '.join(absent)}.")
         self.model.to(placement.device).eval()
         self.stages = Stages(self.model)
 
@@ -89,8 +92,8 @@ class BarkEngine(Engine):
             loaded = self.processor("", voice_preset=name)["history_prompt"]
             voice = {part: tokens.to(self.model.device) for part, tokens in loaded.items()}
             fault = self.stages.fault_of(voice)
-        except (OSError, ValueError, TypeError) as error:
-            fault = str(error)
+        except (OSError, ValueError, TypeError, EOFError) as error:
+            fault = " ".join(str(error).split())
         if fault:
             raise WeightsError(f"The voice preset {name!r} of this checkpoint is damaged: {fault}")
         return voice

@@ -89,13 +89,18 @@ def _check_characters(text: str, weights: Path, what: str) -> None:
             known = {line.rstrip("\n") for line in lines}
     except (OSError, UnicodeDecodeError) as error:
         raise WeightsError(f"{VOCABULARY_FILE} of this checkpoint cannot be read: {error}") from None
+    if " " not in known:
+        raise WeightsError(f"{VOCABULARY_FILE} is no vocabulary of F5-TTS: it lacks the space.")
     strange = {
         c: None
         for c in text
         if unicodedata.category(c)[0] in "LMNS" and c not in known and not _CHINESE[0] <= c <= _CHINESE[1]
     }
     if strange:
-        raise BadInput(f"{what} has characters that F5-TTS does not know: {' '.join([*strange][:10])}")
+        raise BadInput(
+            f"{what} has characters that this checkpoint of F5-TTS does not know: "
+            f"{' '.join([*strange][:10])}; write it without them."
+        )
 
 
 CARD = Card(

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from core.card import Card, Checkpoint, Licence, Modality, Options, Paradigm, knob
-from core.errors import BadInput
+from core.errors import BadInput, WeightsError
 from core.requests import SpeechRequest
 
 # Language of the request -> code of the repository, name, script as Unicode's character names spell it.
@@ -111,8 +111,10 @@ def check(request: SpeechRequest, options: MmsOptions, weights: Path | None) -> 
     try:
         vocabulary = json.loads((weights / "vocab.json").read_text("utf-8"))
         romanizes = json.loads((weights / "tokenizer_config.json").read_text("utf-8")).get("is_uroman", False)
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return  # `load` says what is wrong with the folder
+    if not isinstance(vocabulary, dict) or not vocabulary:
+        raise WeightsError("vocab.json of this checkpoint holds no letters; give a whole copy of it.")
     text = spell(request.text, request.language, vocabulary)
     if missing := [sign for sign in unknown(text, vocabulary) if sign.isascii() or not romanizes]:
         shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
