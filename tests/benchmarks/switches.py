@@ -67,7 +67,7 @@ def measure() -> list[Row]:
 
 
 def _bare() -> list[int]:
-    """Memory over loads and releases of the same checkpoints by the library alone, without any of our layers."""
+    """Memory over loads and releases of the same checkpoints by the library alone."""
     from transformers import BarkModel, VitsModel
 
     process, memory = psutil.Process(), []
