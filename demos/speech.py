@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gradio as gr
 
@@ -177,7 +177,7 @@ class SpeechTab:
         self.option_groups: dict[str, gr.Group] = {}
         with gr.Accordion("Advanced", open=False, elem_id="advanced"):
             for card in self.cards.values():
-                with gr.Group(visible=card.id in chosen, elem_classes="options") as group:
+                with gr.Group(visible=_shown(card.id in chosen), elem_classes="options") as group:
                     gr.HTML(render("options_title", card=card), apply_default_css=False)
                     with gr.Row(elem_classes="option-grid"):
                         self.options[card.id] = option_controls(card)
@@ -285,7 +285,7 @@ class SpeechTab:
                     sent,
                     f"options of {engine}",
                     engine in chosen,
-                    partial(gr.Group, visible=engine in chosen),
+                    partial(gr.Group, visible=_shown(engine in chosen)),
                 )
                 for engine in self.option_groups
             ),
@@ -434,6 +434,11 @@ def _nudge() -> int:
 
 def _new_seed() -> int:
     return secrets.randbelow(10**6)  # short enough to read out; any value up to SEED_MAX can be typed
+
+
+def _shown(on: bool) -> bool | Literal["hidden"]:
+    """Hidden controls stay mounted: what was set in them is not lost when they are mounted anew."""
+    return True if on else "hidden"
 
 
 def _changed(sent: dict[str, Any], name: str, looks: Any, update: Callable[[], Any]) -> Any:
