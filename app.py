@@ -43,7 +43,9 @@ class WeightsChoice(StrEnum):
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Accept = Annotated[
     str,
-    typer.Option("--accept-licence", metavar="ENGINES", help="Accept the licence of these engines' weights."),
+    typer.Option(
+        "--accept-licence", metavar="ENGINES", help="Accept the licence of these engines' weights, for good."
+    ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
 
@@ -95,6 +97,7 @@ def serve(
     studio = Studio(settings)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end a service as Ctrl-C does
     try:
+        _remember(studio, accept_licence)
         page = shell.build(studio)
         page.launch(
             server_name=host,
@@ -113,6 +116,12 @@ def serve(
         page.close(verbose=False)
     finally:
         studio.close()
+
+
+def _remember(studio: Any, accept_licence: str) -> None:
+    """What the flag accepted holds from now on; what a setting accepts holds as long as it is set."""
+    for engine in studio.settings.accept_licences if accept_licence else ():
+        studio.licences.accept(engine)
 
 
 def _refuse_address(host: str, port: int | None) -> None:
@@ -222,6 +231,7 @@ def generate(
     with _quiet_libraries(new_log(settings.home, "generate")) as terminal:
         studio = Studio(settings)
         try:
+            _remember(studio, accept_licence)
             if voice:
                 _must_clone(studio.catalog, engine)
             [job] = studio.submit([order], COMMAND_LINE_VISITOR)

@@ -134,9 +134,7 @@ def ffmpeg() -> Finding:
     there = {name: shutil.which(name) for name in ("ffmpeg", "ffprobe")}
     mend = "Install the ffmpeg package of your system; it brings both."
     if not any(there.values()):
-        return Finding(
-            "ffmpeg", None, "There is no ffmpeg: all works but hearing a voice as it is made.", mend
-        )
+        return Finding("ffmpeg", True, "There is no ffmpeg, and nothing here needs one.")
     if not all(there.values()):
         found, lost = sorted(there, key=lambda name: there[name] is None)
         return Finding("ffmpeg", False, f"There is {found} without {lost}; Gradio needs both or none.", mend)

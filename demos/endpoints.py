@@ -33,7 +33,7 @@ def add_endpoints(studio: Studio) -> None:
     ) -> tuple[str, dict[str, Any]]:
         """Speak a text with one engine; returns the audio file and the take's record."""
         request = _request(text, language, voice, voice_text, consent)
-        [take] = await _make(studio, [_order(engine, request, options or {}, _seed(seed), studio)])
+        [take] = await _make(studio, [_order(engine or "", request, options or {}, _seed(seed), studio)])
         return _file(take), _record(take)
 
     async def compare(
@@ -47,7 +47,9 @@ def add_endpoints(studio: Studio) -> None:
     ) -> tuple[list[str], list[dict[str, Any]]]:
         """Speak a text with several engines; returns audio files and records in the order of `engines`."""
         request, one_seed = _request(text, language, voice, voice_text, consent), _seed(seed)
-        takes = await _make(studio, [_order(engine, request, {}, one_seed, studio) for engine in engines])
+        takes = await _make(
+            studio, [_order(engine, request, {}, one_seed, studio) for engine in engines or ()]
+        )
         return [_file(take) for take in takes], [_record(take) for take in takes]
 
     with gr.Column(visible=False):
@@ -90,11 +92,11 @@ def _seed(value: float) -> int:
 
 def _request(text: str, language: str, voice: str | None, voice_text: str, consent: bool) -> SpeechRequest:
     return SpeechRequest(
-        text=text,
-        language=language,
+        text=text or "",  # a caller may send null for anything
+        language=language or "en",
         voice=Path(voice) if voice else None,
-        voice_text=voice_text,
-        consent=consent,
+        voice_text=voice_text or "",
+        consent=bool(consent),
     )
 
 

@@ -21,6 +21,7 @@ from demos.views import ASSETS, asset, drawing, render
 TABS = {"speech": SpeechTab}
 TICK_SECONDS = 4.0  # how often an open page asks for the header's figures, and whether jobs run
 SLOW_TICK_SECONDS = 30.0  # and whether engines have their weights by now
+UPLOADS_KEPT = (3600, 86400)  # look every hour; uploads a day old go, takes keep their own copy
 SESSIONS = 300  # kept in memory; each is about 125 KB
 HANDLERS = 16  # presses of one kind answered at once
 OPEN_PAGES = 200  # pages that can watch running jobs at once
@@ -28,7 +29,7 @@ OPEN_PAGES = 200  # pages that can watch running jobs at once
 
 def build(studio: Studio) -> gr.Blocks:
     """The whole page, not yet launched."""
-    with gr.Blocks(title="Soundstage", fill_width=False) as page:
+    with gr.Blocks(title="Soundstage", fill_width=False, delete_cache=UPLOADS_KEPT) as page:
         visitor = gr.BrowserState(None, storage_key="soundstage-visitor", secret=studio.secret())
         with gr.Row(elem_classes="header"):
             gr.HTML(render("header", logo=drawing("logo.svg")), apply_default_css=False, elem_classes="brand")

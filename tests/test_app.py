@@ -205,6 +205,17 @@ def test_engines_are_listed_for_people_and_for_scripts(app):
     assert cards["espeak"]["options"]["speed"]["maximum"] == 450
 
 
+def test_a_licence_accepted_by_the_flag_stays_accepted(app, tmp_path):
+    def accepted() -> bool:
+        return "Nobody accepted" not in app("doctor").stdout
+
+    assert not accepted()
+    out = str(tmp_path / "a.wav")
+    done = app("generate", "espeak", "--text", "hello", "--out", out, "--accept-licence", "xtts")
+    assert done.returncode == 0, done.stderr
+    assert accepted()
+
+
 def test_takes_lists_what_was_made(app, tmp_path):
     assert json.loads(app("takes", "--json").stdout) == []
     app("generate", "espeak", "--text", "Remember me", "--out", str(tmp_path / "a.wav"))

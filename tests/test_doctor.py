@@ -49,7 +49,7 @@ def card(**facts) -> Card:
 
 
 def test_ffmpeg_and_ffprobe_are_needed_as_a_pair(path):
-    assert doctor.ffmpeg().ok is None
+    assert doctor.ffmpeg().says == "There is no ffmpeg, and nothing here needs one."
     program(path, "ffmpeg")
     alone = doctor.ffmpeg()
     assert alone.ok is False and "There is ffmpeg without ffprobe" in alone.says and alone.mend
