@@ -49,6 +49,13 @@ def set_option(page: Page, engine: str, label: str, value: str) -> None:
     choose(page, [engine])
     if not page.locator(".options").first.is_visible():
         page.locator("#advanced > button").click()
-    field = page.locator(".options:visible").get_by_label(f"number input for {label}")
-    field.fill(value)
-    field.press("Tab")
+    options = page.locator(".options:visible")
+    field = options.get_by_label(f"number input for {label}")
+    slider = options.get_by_label(f"range slider for {label}")
+    # Gradio drops what is typed while it mounts a control; a person would see that and type again.
+    for _ in range(5):
+        field.fill(value)
+        field.press("Tab")
+        page.evaluate("() => new Promise(done => setTimeout(done, 250))")
+        if field.input_value() == slider.input_value() == value:
+            break
