@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib
+import json
 import random
 import tempfile
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from core.card import Card
 from core.engines.base import Cancelled, Engine, Placement
 from core.media import Audio
 
@@ -65,6 +67,15 @@ def miniature(engine: str, checkpoint: int = 0) -> Path:
             builder.build(partial, card.checkpoints[checkpoint])
             partial.rename(folder)
     return folder
+
+
+def reference(card: Card) -> dict[str, Any]:
+    """What a request needs beside its text: one of the example voices for an engine that only clones."""
+    if not card.reference_required:
+        return {}
+    folder = Path(__file__).parents[1] / "assets/voices"
+    voice = json.loads((folder / "voices.json").read_text())[0]
+    return {"voice": folder / voice["file"], "voice_text": voice["text"], "consent": True}
 
 
 def hash_of(data: bytes) -> str:

@@ -14,6 +14,7 @@ from core.errors import BadInput
 from core.requests import Order, SpeechRequest
 from core.settings import Settings
 from core.studio import Studio
+from tests.support import reference
 
 ROOT = Path(__file__).parents[1]
 VOICES = json.loads((ROOT / "assets/voices/voices.json").read_text())
@@ -22,13 +23,7 @@ TEXT = "Good morning, dear listeners. Today we speak about rivers."
 
 
 def order(engine: str, seed: int = 11, text: str = TEXT, **changes) -> Order:
-    voice = VOICES[0]
-    reference = (
-        {"voice": ROOT / "assets/voices" / voice["file"], "voice_text": voice["text"], "consent": True}
-        if CARDS[engine].reference_required
-        else {}
-    )
-    request = SpeechRequest(text=text, **reference | changes)
+    request = SpeechRequest(text=text, **reference(CARDS[engine]) | changes)
     return Order(engine=engine, request=request, seed=seed, weights="miniature")
 
 

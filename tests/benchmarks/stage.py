@@ -11,6 +11,7 @@ from core.requests import Order, SpeechRequest
 from core.settings import Settings
 from core.worker.host import Host
 from core.worker.messages import FromWorker, JobEvent, Released, RunJob
+from tests.support import reference
 
 TEXT = "The quick brown fox jumps over the lazy dog. It does so every single day."
 
@@ -43,10 +44,10 @@ def _cache() -> Path:
 
 
 def speakers() -> list[str]:
-    """Engines with weights that speak without a reference."""
-    return [card.id for card in Catalog().cards() if card.has_weights and not card.reference_required]
+    """The engines with weights."""
+    return [card.id for card in Catalog().cards() if card.has_weights]
 
 
 def order(engine: str, seed: int = 1, text: str = TEXT, **options: object) -> Order:
-    request = SpeechRequest(text=text)
+    request = SpeechRequest(text=text, **reference(Catalog().card(engine)))
     return Order(engine=engine, request=request, options=options, seed=seed, weights="miniature")
