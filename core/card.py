@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -108,7 +108,7 @@ class Card(BaseModel):
     text_limit: int = 5000  # characters in one request
     reference_seconds: tuple[float, float] | None = None  # shortest and longest useful reference
     reference_required: bool = False  # cannot speak without a reference
-    half_precision: bool = False  # its weights run in half precision on a GPU
+    gpu_dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of its weights on a GPU
     reproducible: bool = True  # same seed, same machine: bitwise the same media (tested)
     reproducible_note: str = ""
     options: type[Options] = Options

@@ -141,12 +141,6 @@ class Device:
             return int(self._torch.cuda.max_memory_allocated(self.name))
         return None if self.name == "mps" else ram_peak()
 
-    def half_dtype(self) -> str:
-        """The half precision that this device computes well in; float32 on a CPU."""
-        if self.is_cuda:
-            return "bfloat16" if self._torch.cuda.is_bf16_supported() else "float16"
-        return "float16" if self.name == "mps" else "float32"
-
     def settle(self) -> None:
         """Give freed memory back: first the garbage, then the allocators' caches."""
         gc.collect()

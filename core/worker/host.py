@@ -293,7 +293,6 @@ class Host:
         held = self.residency.held - self.residency.leased
         room = placement.Room(
             device=self.device.name,
-            half_dtype=self.device.half_dtype(),
             device_bytes=self._capped(self.device.free() + held),
             ram_bytes=ram_available() + (held if self.device.name == "cpu" else 0),
         )

@@ -17,7 +17,6 @@ class Room:
     """What can be had, in bytes: on the device, and in host memory. They are the same on a CPU."""
 
     device: str  # "cpu", "cuda", ...
-    half_dtype: str
     device_bytes: int
     ram_bytes: int
 
@@ -39,8 +38,8 @@ def plan(card: Card, weight_bytes: int, room: Room) -> Placement:
     """
     need = needed(weight_bytes)
     if need <= room.device_bytes:
-        half = card.half_precision and room.device != "cpu"
-        return Placement(room.device, room.half_dtype if half else "float32", "resident")
+        dtype = "float32" if room.device == "cpu" else card.gpu_dtype
+        return Placement(room.device, dtype, "resident")
     if room.device != "cpu" and need <= room.ram_bytes:
         return Placement("cpu", "float32", "cpu")
     most = room.device_bytes if room.device == "cpu" else max(room.device_bytes, room.ram_bytes)

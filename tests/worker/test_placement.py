@@ -13,16 +13,16 @@ from core.worker.placement import Room, needed, plan
 
 GIB = 2**30
 card = Catalog(("tests.unruly",)).card("unruly")
-half = card.model_copy(update={"half_precision": True})
+half = card.model_copy(update={"gpu_dtype": "float16"})
 
 
 def room(device: str = "cuda", device_bytes: int = 8 * GIB, ram_bytes: int = 16 * GIB) -> Room:
-    return Room(device, "bfloat16", device_bytes, ram_bytes)
+    return Room(device, device_bytes, ram_bytes)
 
 
 def test_what_fits_is_resident_in_the_cards_precision():
     assert plan(card, GIB, room()) == Placement("cuda", "float32", "resident")
-    assert plan(half, GIB, room()) == Placement("cuda", "bfloat16", "resident")
+    assert plan(half, GIB, room()) == Placement("cuda", "float16", "resident")
     assert plan(half, GIB, room("cpu")) == Placement("cpu", "float32", "resident")
 
 

@@ -142,6 +142,7 @@ CARD = Card(
     ),
     weights_licence=Licence(name="MIT", url="https://huggingface.co/suno/bark"),
     languages=LANGUAGES,
+    gpu_dtype="float16",  # as transformers' documentation of Bark has it
     sample_rate=24_000,
     abilities=frozenset({Ability.CUES}),
     options=BarkOptions,
