@@ -16,7 +16,7 @@ from core.worker.host import seed_everything
 from tests.benchmarks.rows import Row, median
 from tests.benchmarks.stage import Stage, order
 
-ROUNDS = 25
+ROUNDS = 40
 SENTENCE = "The quick brown fox jumps over the lazy dog"  # one sentence, so that both sides make one call
 
 

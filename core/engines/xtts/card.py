@@ -7,6 +7,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,15 @@ def _check_speaker(speaker: str, weights: Path) -> None:
     file = weights / SPEAKERS_FILE
     if not file.exists():
         raise BadInput("This checkpoint of XTTS v2 has no built-in voices; add a reference recording.")
-    speakers = speakers_in(file)
+    speakers = _speakers(file, file.stat().st_mtime_ns)
     if speaker not in speakers:
         raise BadInput(f"XTTS v2 has no voice {speaker!r}; its voices are: {', '.join(speakers)}.")
+
+
+@lru_cache(maxsize=4)
+def _speakers(file: Path, modified: int) -> list[str]:
+    """The names, read once: they do not change between two jobs."""
+    return speakers_in(file)
 
 
 def _vocabulary(weights: Path) -> list[str]:
