@@ -11,6 +11,9 @@ raises as on a card, bytes are counted by storage from the allocation to the dea
 and an allocation past the capacity raises `torch.OutOfMemoryError`. It holds in every thread. Random numbers
 on the card come from the CPU's generators, so a run equals one on the CPU.
 
+Give it 2 GiB or more where transformers loads with a device map: its warm-up counts on that, as it would on a
+real card. Where less must be free, set `gpu.elsewhere`.
+
 It is no GPU: it says nothing of kernels and their workspace, of speed, streams and overlap, of the
 allocator's rounding and fragments, or of half precision as a card computes it; and nothing can be trained on
 it. It needs a build of torch without CUDA (`AVAILABLE`). Afterwards the process is as before; a tensor that
@@ -21,9 +24,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,9 +35,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.utils._device import _device_constructors
 
 AVAILABLE = not torch.backends.cuda.is_built()
-CUDA = torch.device("cuda:0")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
 aten = torch.ops.aten
 _current: Gpu | None = None
@@ -54,9 +59,7 @@ class Gpu:
         self.total = total
         self.used = self.peak = self.elsewhere = 0
         self.share = 1.0
-        self._memory: dict[
-            int, torch.UntypedStorage
-        ] = {}  # host memory by the card storage that it stands for
+        self._memory: dict[int, torch.UntypedStorage] = {}  # by card storage: the host storage it stands for
         self._counts: dict[int, tuple[int, int]] = {}  # by host storage: card storages over it, bytes
         self._lock = threading.RLock()  # storages die in any thread, also while this one allocates
 
@@ -134,6 +137,8 @@ def card(total: int) -> Iterator[Gpu]:
         raise RuntimeError("The pretend card needs a build of torch without CUDA.")
     if _current:
         raise RuntimeError("There is one pretend card at a time.")
+    # Some library will import it, and it lists torch's functions as it finds them: let it find the real ones.
+    importlib.import_module("torch._dynamo")
     gpu = Gpu(total)
     with ExitStack() as stack:
         stack.enter_context(_kernels())
@@ -200,16 +205,12 @@ _WHOLE = {
     *("rnn_relu.input", "rnn_relu.data", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
     "scaled_dot_product_attention",
 }
-_NATIVE = {
-    "detach",
-    "alias",
-}  # run on any tensor, and must: nn.Parameter wants a tensor without a Python object
+# These run on any tensor, and must: nn.Parameter wants from them a tensor without a Python object.
+_NATIVE = {"detach", "alias"}
 _ACROSS = {"copy_", "copy", "_foreach_copy_", "set_", "resize_as_", "_copy_from", "_copy_from_and_resize"}
 _INDEXING = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}
 # Arguments, and results, by their place, that stay in host memory: the lengths of packed sequences.
-_ON_HOST = {
-    **{"_pack_padded_sequence": 1, "lstm.data": 1, "gru.data": 1, "rnn_tanh.data": 1, "rnn_relu.data": 1},
-}
+_ON_HOST = {"_pack_padded_sequence": 1, "lstm.data": 1, "gru.data": 1, "rnn_tanh.data": 1, "rnn_relu.data": 1}
 _HOST_RESULTS = {"aten::_pack_padded_sequence": 1}
 
 
@@ -278,7 +279,7 @@ class _Call:
         if isinstance(value, torch.UntypedStorage):
             return self.gpu.memory_of(value) if value.device.type == "cuda" else value
         if isinstance(value, torch.device):
-            return torch.device("cpu") if value.type == "cuda" else value
+            return CPU if value.type == "cuda" else value
         return type(value)(map(self.lower, value)) if isinstance(value, (list, tuple)) else value
 
     def lift(self, value: Any, on_host: int | None = None) -> Any:
@@ -418,15 +419,40 @@ class _CardGenerator(torch.Generator):
         self.made.discard(self._cdata)
 
 
-class _GeneratorType(type):
-    def __instancecheck__(cls, instance: object) -> bool:
-        return isinstance(instance, torch._C.Generator)
+def _generator(device: Any = "cpu") -> torch.Generator:
+    return _CardGenerator() if torch.device(device).type == "cuda" else torch._C.Generator(device)
 
 
-class _Generator(metaclass=_GeneratorType):
-    def __new__(cls, device: Any = "cpu") -> Any:
-        wanted = torch.device(device)
-        return _CardGenerator() if wanted.type == "cuda" else torch._C.Generator(device)
+def _stand_in(real: type, make: Callable[..., Any]) -> type:
+    """In place of a class written in C: calls `make`, and takes the real one's instances for its own."""
+
+    class Kind(type):
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            return make(*args, **kwargs)
+
+        def __instancecheck__(cls, instance: object) -> bool:
+            return isinstance(instance, real)
+
+    return Kind(real.__name__, (), {})
+
+
+def _numbered(function: Callable[..., Any], place: int | None = None) -> Callable[..., Any]:
+    """Take a bare number for a card, by keyword or at a place, and pin: C++ wants an accelerator for both."""
+
+    def named(device: Any) -> Any:
+        return f"cuda:{device}" if type(device) is int else device
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs:
+            kwargs["device"] = named(kwargs["device"])
+        if place is not None:
+            args = (*args[:place], *map(named, args[place : place + 1]), *args[place + 1 :])
+        pinned = kwargs.pop("pin_memory", False)
+        made = function(*args, **kwargs)
+        return made.pin_memory() if pinned else made
+
+    return call
 
 
 class _Stream:
@@ -436,9 +462,9 @@ class _Stream:
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
-    def synchronize(self) -> None: ...
+    def synchronize(self, *_: Any) -> None: ...
 
-    wait_stream = wait_event = wait = record = synchronize_all = lambda self, *_: None
+    wait = wait_event = wait_stream = record = synchronize
 
     def record_event(self, event: Any = None) -> Any:
         return event or _Event()
@@ -542,17 +568,30 @@ def _said_by_torch(gpu: Gpu) -> Iterator[None]:
         memo[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
         return memo[id(tensor)]
 
-    with ExitStack() as stack:
-        for name, value in cuda.items():
-            stack.enter_context(patch.object(torch.cuda, name, value))
-        for name, value in _torch_accelerator(cuda).items():
-            stack.enter_context(patch.object(torch.accelerator, name, value))
-        for name, value in {"pin_memory": pin, "is_pinned": is_pinned, "__deepcopy__": copied}.items():
-            stack.enter_context(patch.object(torch.Tensor, name, value))
-        stack.enter_context(patch.object(torch.Tensor, "record_stream", lambda *_: None))
-        stack.enter_context(patch.object(torch, "Generator", _Generator))
+    changes: dict[Any, dict[str, Any]] = {
+        torch.cuda: cuda,
+        torch.accelerator: _torch_accelerator(cuda),
+        torch.Tensor: {
+            "pin_memory": pin,
+            "is_pinned": is_pinned,
+            "record_stream": lambda *_: None,
+            "__deepcopy__": copied,
+            "to": _numbered(torch.Tensor.to, 1),
+            "cuda": _numbered(torch.Tensor.cuda, 1),
+        },
+        torch: {
+            "device": _stand_in(torch.device, _numbered(torch.device, 0)),
+            "Generator": _stand_in(torch.Generator, _generator),
+            **{f.__name__: _numbered(f) for f in _device_constructors() if f.__name__ in vars(torch)},
+        },
+        torch._C._nn: {"_parse_to": _numbered(torch._C._nn._parse_to, 0)},
         # It would warn at each LSTM that torch has no cuDNN.
-        stack.enter_context(patch.object(torch.backends.cudnn, "is_acceptable", lambda _tensor: False))
+        torch.backends.cudnn: {"is_acceptable": lambda _tensor: False},
+    }
+    with ExitStack() as stack:
+        for owner, values in changes.items():
+            for name, value in values.items():
+                stack.enter_context(patch.object(owner, name, value))
         yield
 
 
