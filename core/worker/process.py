@@ -244,10 +244,11 @@ class WorkerProcess:
             return Failed(
                 f"There was no step for {settings.silence_limit:g} s, so its process was ended and replaced."
             )
-        if now - self._beat > settings.heartbeat_limit:
-            return Failed(
-                f"The worker gave no sign of life for {settings.heartbeat_limit:g} s, so it was replaced."
-            )
+        # One import may hold the process for long on a slow disk, and starting over would not be faster.
+        starting = self.state in ("starting", "restarting")
+        limit = settings.start_limit if starting else settings.heartbeat_limit
+        if now - self._beat > limit:
+            return Failed(f"The worker gave no sign of life for {limit:g} s, so it was replaced.")
         return None
 
     def _cause_of_death(self, code: int | None) -> Event:
