@@ -236,6 +236,7 @@ class Host:
             "real_time_factor": round((work.ended - work.started) / result.seconds, 4),
             "finish_seconds": round(time.perf_counter() - work.ended, 4),
             "units": card.units(order.request),
+            "planned_bytes": work.loan.planned,
             **memory,
         }
         origin = {
