@@ -25,6 +25,36 @@ class Forecast:
     refusal: str = ""  # why it cannot be run, and what would be needed
 
 
+def in_a_sentence(forecasts: Sequence[Forecast]) -> str:
+    """What a press will cost, for the page; "" where nothing is known."""
+    if refusal := next((f.refusal for f in forecasts if f.refusal), ""):
+        return refusal
+    parts = []
+    if needs := [f for f in forecasts if f.device_bytes and f.free_bytes is not None and not f.loaded]:
+        largest = max(needs, key=lambda f: f.device_bytes or 0)
+        whose = f" for {largest.engine}" if len(forecasts) > 1 else ""
+        parts.append(f"needs about {_size(largest.device_bytes)}{whose}, {_size(largest.free_bytes)} free")
+    if leaving := dict.fromkeys(name for f in forecasts for name in f.unloads):
+        parts.append(f"{' and '.join(leaving)} will make room")
+    if download := sum(f.download_bytes or 0 for f in forecasts):
+        parts.append(f"downloads {_size(download)} first")
+    if forecasts and all(f.seconds is not None for f in forecasts):
+        parts.append(f"about {_time(sum(f.seconds or 0.0 for f in forecasts))}")
+    line = "; ".join(parts)
+    return line[:1].upper() + line[1:]
+
+
+def _size(count: int | None) -> str:
+    count = count or 0
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{max(1, count >> 20)} MiB"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 1:
+        return "1 s"
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
 def working_memory(takes: Sequence[tuple[float, int]], units: float) -> int | None:
     """Bytes that an engine takes beside its weights, from what it took before.
 

@@ -16,9 +16,9 @@ from filelock import FileLock
 from core import takes, weights
 from core.card import Ability, Card, Checkpoint, Modality, Options
 from core.catalog import Catalog
-from core.errors import BadInput, DoesNotFit
+from core.errors import BadInput, DoesNotFit, SoundstageError
 from core.events import Finished
-from core.forecast import Forecast, working_memory
+from core.forecast import Forecast, in_a_sentence, working_memory
 from core.jobs import Job, Jobs
 from core.media import room_for
 from core.requests import Order, check, parse_options
@@ -268,6 +268,13 @@ class Studio:
                 return replace(told, refusal=str(error))
             need, words = rung.device_bytes or rung.ram_bytes, in_words(rung.placement, components)
         return replace(told, device_bytes=need, words=words, unloads=self._crowded_out(need or 0, pulse))
+
+    def forecast_line(self, orders: Sequence[Order]) -> str:
+        """What one press with these orders will cost, in a sentence; "" where nothing is known of it."""
+        try:
+            return in_a_sentence([self.forecast(order) for order in orders])
+        except SoundstageError:
+            return ""  # the press itself says what is wrong
 
     def _crowded_out(self, need: int, pulse: Pulse) -> tuple[str, ...]:
         """Names of the engines that have to make room, the longest idle first."""
