@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from core.events import Event
 from core.requests import Order
@@ -15,6 +16,7 @@ class RunJob:
     order: Order
     folder: Path  # where the media files go
     online: bool  # whether the hub answered the page
+    working: int | None = None  # bytes it takes beside the weights, from earlier takes
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,19 @@ class JobEvent:
 
 
 @dataclass(frozen=True)
+class Held:
+    """One engine in memory. Bytes."""
+
+    engine: str
+    weights: str  # the checkpoint's folder, by name
+    state: Literal["in use", "loaded", "parked"]
+    device_bytes: int  # planned, its working memory with it
+    ram_bytes: int  # in host memory: parked, or waiting there to be moved in
+    idle_seconds: float
+    words: str  # where its components are, for people
+
+
+@dataclass(frozen=True)
 class Pulse:
     """A sign of life, with what the header shows. Bytes."""
 
@@ -52,6 +67,8 @@ class Pulse:
     ram_used: int  # of the worker process
     ram_total: int
     loaded: tuple[str, ...]  # engine ids
+    held: tuple[Held, ...]  # all of them, most recently used first; the parked ones too
+    device_free: int  # what could still be taken on the device, within the budget
     ready: bool  # False while libraries are still being imported
 
 

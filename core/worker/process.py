@@ -11,12 +11,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Literal, Protocol
 
 from core.events import Event, Failed, Finished, Stopped
 from core.logs import new_log
-from core.requests import Order
 from core.settings import Settings
 from core.worker.messages import (
     FromWorker,
@@ -30,7 +28,7 @@ from core.worker.messages import (
     Unload,
 )
 
-__all__ = ["InlineWorker", "Listener", "Pulse", "Released", "State", "Worker", "WorkerProcess"]
+__all__ = ["InlineWorker", "Listener", "Pulse", "Released", "RunJob", "State", "Worker", "WorkerProcess"]
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +48,7 @@ class Worker(Protocol):
     @property
     def pulse(self) -> Pulse | None: ...
     def start(self, listener: Listener) -> None: ...
-    def run(self, job: str, order: Order, folder: Path, online: bool) -> None: ...
+    def run(self, message: RunJob) -> None: ...
     def stop(self, job: str) -> None: ...
     def unload(self, engine: str = "") -> None: ...
     def close(self) -> None: ...
@@ -102,11 +100,11 @@ class WorkerProcess:
     def pid(self) -> int | None:
         return self._process.pid
 
-    def run(self, job: str, order: Order, folder: Path, online: bool) -> None:
+    def run(self, message: RunJob) -> None:
         """Begin a job; its events come to the listener. Only one may run at a time."""
         with self._lock:
             assert self._current is None, "the worker runs one job at a time"
-            current = _Current(RunJob(job, order, folder, online), time.monotonic())
+            current = _Current(message, time.monotonic())
             self._send(current.message)
             self._current = current
             if self.state == "ready":
@@ -244,10 +242,11 @@ class WorkerProcess:
             return Failed(
                 f"There was no step for {settings.silence_limit:g} s, so its process was ended and replaced."
             )
-        if now - self._beat > settings.heartbeat_limit:
-            return Failed(
-                f"The worker gave no sign of life for {settings.heartbeat_limit:g} s, so it was replaced."
-            )
+        # One import may hold the process for long on a slow disk, and starting over would not be faster.
+        starting = self.state in ("starting", "restarting")
+        limit = settings.start_limit if starting else settings.heartbeat_limit
+        if now - self._beat > limit:
+            return Failed(f"The worker gave no sign of life for {limit:g} s, so it was replaced.")
         return None
 
     def _cause_of_death(self, code: int | None) -> Event:
@@ -332,12 +331,10 @@ class InlineWorker:
     def pulse(self) -> Pulse | None:
         return self._host.pulse()
 
-    def run(self, job: str, order: Order, folder: Path, online: bool) -> None:
+    def run(self, message: RunJob) -> None:
         self.state = "busy"
-        self._job = job
-        self._thread = threading.Thread(
-            target=self._host.run, args=(RunJob(job, order, folder, online),), daemon=True
-        )
+        self._job = message.job
+        self._thread = threading.Thread(target=self._host.run, args=(message,), daemon=True)
         self._thread.start()
 
     def stop(self, job: str) -> None:

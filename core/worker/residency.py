@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from core.engines.base import Engine, Placement
-from core.worker.messages import Released
+from core.worker.arrange import Arrangement
+from core.worker.messages import Held, Released
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +33,10 @@ class Key:
 class Resident:
     key: Key
     engine: Engine
+    arrangement: Arrangement
     bytes: int  # planned, weights and working memory
     device_before: int  # bytes used on the device before it was loaded
+    words: str = ""  # where its components are, for people
     leases: int = 0
     used: float = field(default_factory=time.monotonic)
     parameters: list[weakref.ref[Any]] = field(default_factory=list)
@@ -70,6 +73,23 @@ class Residency:
         residents = sorted(self._residents.copy().values(), key=lambda r: -r.used)
         return tuple(dict.fromkeys(r.key.engine for r in residents))
 
+    def inventory(self) -> tuple[Held, ...]:
+        """All that is in memory, most recently used first."""
+        now = time.monotonic()
+        residents = sorted(self._residents.copy().values(), key=lambda r: -r.used)
+        return tuple(
+            Held(
+                engine=r.key.engine,
+                weights=r.key.folder.name if r.key.folder else "",
+                state="in use" if r.leases else "loaded",
+                device_bytes=r.bytes,
+                ram_bytes=0,
+                idle_seconds=0.0 if r.leases else now - r.used,
+                words=r.words,
+            )
+            for r in residents
+        )
+
     def holds(self, engine: str, folder: Path | None, commit: str) -> bool:
         """Whether these weights are loaded, wherever they were placed."""
         keys = self._residents.copy()
@@ -86,7 +106,9 @@ class Residency:
         return sum(r.bytes for r in self._residents.copy().values() if r.leases)
 
     @contextmanager
-    def lease(self, key: Key, size: int, make: Callable[[], Engine]) -> Iterator[Resident]:
+    def lease(
+        self, key: Key, size: int, make: Callable[[], tuple[Engine, Arrangement]], words: str = ""
+    ) -> Iterator[Resident]:
         """Hold an engine for the length of a job; it is never evicted meanwhile.
 
         Args:
@@ -95,25 +117,27 @@ class Residency:
         """
         with self._lock:
             resident = self._residents.get(key) or self._load(key, size, make)
+            resident.words = words
             resident.leases += 1
         try:
             yield resident
         finally:
             with self._lock:
                 resident.leases -= 1
+                resident.arrangement.rest()
                 resident.used = time.monotonic()
 
-    def _load(self, key: Key, size: int, make: Callable[[], Engine]) -> Resident:
+    def _load(self, key: Key, size: int, make: Callable[[], tuple[Engine, Arrangement]]) -> Resident:
         if size:
             self._evict_until_fits(key.placement.device, size)
         before = self._device_used() or 0
         try:
-            engine = make()
+            engine, arrangement = make()
         except BaseException:
             self._settle()
             raise
-        resident = Resident(key, engine, size, before)
-        resident.parameters = [weakref.ref(p) for m in engine.modules() for p in m.parameters()]
+        resident = Resident(key, engine, arrangement, size, before)
+        resident.parameters = [weakref.ref(p) for m in engine.components().values() for p in m.parameters()]
         self._residents[key] = resident
         return resident
 
@@ -132,6 +156,7 @@ class Residency:
             assert not resident.leases, f"{key.engine} is leased"
             references, only = resident.parameters, not self._residents
             try:
+                resident.arrangement.undo()
                 resident.engine.close()
             except Exception:  # it must not become the fault of the job that needs the room
                 log.exception("%s did not close cleanly", key.engine)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.engines.base import Engine, Placement
+from core.worker.arrange import Arrangement
 from core.worker.residency import Key, Residency
 
 
@@ -32,10 +33,10 @@ def key(name: str, device: str = "cpu") -> Key:
     return Key(name, Path(name), "1", Placement(device))
 
 
-def make() -> Engine:
+def make() -> tuple[Engine, Arrangement]:
     engine = Small()
     engine.load(None, Placement())
-    return engine
+    return engine, Arrangement(engine.components(), Placement(), frozenset(), Path())
 
 
 def residency(room: int = 100, told=None, device_used=lambda: None, settle=gc.collect) -> Residency:
@@ -117,7 +118,7 @@ def test_device_memory_that_stays_is_told():
 def test_a_load_that_fails_leaves_nothing():
     keeper = residency()
 
-    def fail() -> Engine:
+    def fail() -> tuple[Engine, Arrangement]:
         raise ValueError("truncated")
 
     with pytest.raises(ValueError, match="truncated"), keeper.lease(key("a"), 10, fail):
