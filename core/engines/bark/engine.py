@@ -41,7 +41,7 @@ class BarkEngine(Engine):
         self.weights = weights
         self.processor = AutoProcessor.from_pretrained(weights)
         self.model = load_pretrained(
-            AutoModelForTextToWaveform, weights, dtype=placement.torch_dtype, device=placement.device
+            AutoModelForTextToWaveform, weights, dtype=placement.torch_dtype, device=placement.load_device
         )
         if absent := [name for name in _GENERATION if not hasattr(self.model.generation_config, name)]:
             raise WeightsError(f"generation_config.json of this checkpoint lacks {', '.join(absent)}.")

@@ -78,8 +78,8 @@ class F5Engine(Engine):
         with _quietly():
             loaded = load_parallel(
                 {
-                    "model": lambda: load_model(weights, self.dtype, self.device),
-                    "vocoder": lambda: load_vocoder(vocoder, self.device),
+                    "model": lambda: _load_model(weights, self.dtype, placement.load_device),
+                    "vocoder": lambda: _load_vocoder(vocoder, placement.load_device),
                 }
             )
         self.model, self.vocoder = loaded["model"], loaded["vocoder"]
@@ -145,7 +145,7 @@ class F5Engine(Engine):
         vocos_mel_stft_cache.clear()
 
 
-def load_model(weights: Path, dtype: torch.dtype, device: str) -> CFM:
+def _load_model(weights: Path, dtype: torch.dtype, device: str) -> CFM:
     """The flow-matching model as the library's `load_model` makes it, which draws random weights first."""
     letters, count = get_tokenizer(str(weights / VOCABULARY_FILE), "custom")
     with skeleton():
@@ -176,7 +176,7 @@ def load_model(weights: Path, dtype: torch.dtype, device: str) -> CFM:
     return model.eval()
 
 
-def load_vocoder(folder: Path, device: str) -> Vocos:
+def _load_vocoder(folder: Path, device: str) -> Vocos:
     with skeleton():
         vocoder = Vocos.from_hparams(str(folder / "config.yaml"))
     fill(vocoder, read_tensors(folder / _VOCODER_FILE), device)

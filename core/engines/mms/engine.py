@@ -33,7 +33,7 @@ class Mms(Engine):
             raise WeightsError("The checkpoint reads phonemes; MMS voices read letters.")
         # Always float32: in half precision the splines of the durations fail, and the model is small.
         model = load_pretrained(
-            AutoModelForTextToWaveform, weights, dtype=torch.float32, device=placement.device
+            AutoModelForTextToWaveform, weights, dtype=torch.float32, device=placement.load_device
         )
         if tokenizer.vocab_size > model.config.vocab_size:
             raise WeightsError(
