@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 
 from core.engines.base import Engine, Placement, Run
@@ -26,6 +28,7 @@ from core.engines.f5.card import (
     F5Options,
 )
 from core.engines.f5.reference import as_sentence, prepare, transcribe
+from core.engines.quirks import works_on
 from core.engines.speaking import join, split_sentences
 from core.errors import BadInput, WeightsError
 from core.media import Audio, read_audio
@@ -43,9 +46,11 @@ def _quietly() -> Iterator[None]:
 
 
 with _quietly():
-    from f5_tts.infer.utils_infer import infer_batch_process, load_model, load_vocoder
-    from f5_tts.model import DiT
+    from f5_tts.infer.utils_infer import infer_batch_process, load_model, load_vocoder, n_mel_channels
+    from f5_tts.model import CFM, DiT
     from f5_tts.model.modules import vocos_mel_stft_cache
+    from f5_tts.model.utils import get_tokenizer
+    from vocos import Vocos
 
 
 # What a vocoder's config.yaml may call: Vocos imports and calls whatever it names there.
@@ -55,6 +60,7 @@ _VOCODER_CLASSES = {
     "head": "vocos.heads.ISTFTHead",
 }
 _PREFIX = "ema_model.transformer."
+_SHAPE_FILE = "config.json"  # arguments of `DiT`, where no weights are at hand whose shapes show them
 _SECONDS_AT_ONCE = 22  # reference and sentence together, as the library's own `infer_process` allows
 _SHORTEST_LIMIT = 20  # characters
 
@@ -69,7 +75,7 @@ class F5Engine(Engine):
         vocoder = weights / VOCODER_FOLDER
         _check_vocoder(vocoder / "config.yaml")
         with _quietly():
-            self.vocoder = load_vocoder(is_local=True, local_path=str(vocoder), device=self.device)
+            self.vocoder = load_vocoder(is_local=True, local_path=str(vocoder), device="cpu")
             # Loaded on the CPU, since on a GPU the library decides on half precision by itself.
             self.model = load_model(
                 DiT,
@@ -79,7 +85,26 @@ class F5Engine(Engine):
                 vocab_file=str(weights / VOCABULARY_FILE),
                 device="cpu",
             )
-        self.model.to(self.device, self.dtype).eval()
+        self.model.to(placement.load_device, self.dtype).eval()
+        self.vocoder.to(placement.load_device)
+        works_on(self.model, self.device)
+
+    def components(self) -> Mapping[str, torch.nn.Module]:
+        return {"transformer": self.model, "vocoder": self.vocoder} if hasattr(self, "model") else {}
+
+    @staticmethod
+    def skeleton(folder: Path) -> Mapping[str, torch.nn.Module]:
+        vocoder = folder / VOCODER_FOLDER / "config.yaml"
+        _check_vocoder(vocoder)
+        weights = folder / MODEL_FILE
+        if weights.is_file():
+            _, tokens = get_tokenizer(str(folder / VOCABULARY_FILE), "custom")
+            shape = architecture(weights) | {"text_num_embeds": tokens}
+        else:
+            shape = json.loads((folder / _SHAPE_FILE).read_text("utf-8"))
+        with init_empty_weights(), _quietly():
+            model = CFM(DiT(**shape, mel_dim=n_mel_channels))
+            return {"transformer": model, "vocoder": Vocos.from_hparams(str(vocoder))}
 
     def generate(self, request: SpeechRequest, options: F5Options, run: Run) -> Audio:
         """Sentences are joined with pauses; the library's cross-fade is for texts cut inside a sentence."""

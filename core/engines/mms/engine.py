@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import VitsModel, VitsTokenizer
+from accelerate import init_empty_weights
+from transformers import VitsConfig, VitsModel, VitsTokenizer
 from uroman import Uroman
 
 from core.engines.base import Engine, Placement, Run
@@ -43,9 +45,18 @@ class Mms(Engine):
                 "they are not of one checkpoint."
             )
         self._tokenizer = tokenizer
-        self._model = model.to(placement.device)
+        self._device = placement.device
+        self._model = model.to(placement.load_device)
         # The tokenizer would set up a romanizer for each sentence, which takes seconds.
         self._romanizer = Uroman() if tokenizer.is_uroman else None
+
+    def components(self) -> Mapping[str, torch.nn.Module]:
+        return {"model": self._model} if hasattr(self, "_model") else {}
+
+    @staticmethod
+    def skeleton(folder: Path) -> Mapping[str, torch.nn.Module]:
+        with init_empty_weights():
+            return {"model": VitsModel(VitsConfig.from_pretrained(folder))}
 
     def generate(self, request: SpeechRequest, options: MmsOptions, run: Run) -> Audio:
         self._model.speaking_rate = options.speaking_rate
@@ -65,8 +76,9 @@ class Mms(Engine):
         letters, _ = self._tokenizer.prepare_for_tokenization(text)
         if not letters.strip():
             return np.zeros(0, np.float32)
-        inputs = self._tokenizer(text, return_tensors="pt").to(self._model.device)
-        samples: npt.NDArray[np.float32] = self._model(**inputs).waveform[0].cpu().numpy()
+        inputs = self._tokenizer(text, return_tensors="pt").to(self._device)
+        with self.using("model"):
+            samples: npt.NDArray[np.float32] = self._model(**inputs).waveform[0].cpu().numpy()
         return samples
 
 
