@@ -311,7 +311,7 @@ def test_after_release_no_parameter_is_alive() -> None:
         speak(engine)
         with pytest.raises(Cancelled):
             speak(engine, run=RecordingRun(stop_after=100))
-        alive = [weakref.ref(p) for module in engine.modules() for p in module.parameters()]
+        alive = [weakref.ref(p) for module in engine.components().values() for p in module.parameters()]
         assert len(alive) > 50
         engine.close()
         vars(engine).clear()

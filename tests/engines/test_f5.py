@@ -377,7 +377,7 @@ def test_after_release_no_tensor_is_alive(voice: Path) -> None:
         speak(engine, ask(voice))
         with pytest.raises(Cancelled):
             speak(engine, ask(voice), run=RecordingRun(stop_after=2))
-        modules = list(engine.modules())
+        modules = list(engine.components().values())
         alive = [weakref.ref(p) for module in modules for p in module.parameters()]
         assert len(alive) > 50
         del modules

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from core.engines.f5.card import (
 )
 from core.engines.f5.reference import as_sentence, prepare, transcribe
 from core.engines.loading import fill, load_parallel, read_ahead, read_tensors, skeleton
+from core.engines.quirks import works_on
 from core.engines.speaking import join, split_sentences
 from core.errors import BadInput, WeightsError
 from core.media import Audio, read_audio
@@ -61,6 +63,7 @@ _VOCODER_CLASSES = {
 _VOCODER_FILE = "pytorch_model.bin"
 _AVERAGED = "ema_model."  # of the parameters while training; what speaks
 _PREFIX = _AVERAGED + "transformer."
+_SHAPE_FILE = "config.json"  # arguments of `DiT`, where no weights are at hand whose shapes show them
 _SECONDS_AT_ONCE = 22  # reference and sentence together, as the library's own `infer_process` allows
 _SHORTEST_LIMIT = 20  # characters
 
@@ -83,6 +86,24 @@ class F5Engine(Engine):
                 }
             )
         self.model, self.vocoder = loaded["model"], loaded["vocoder"]
+        works_on(self.model, self.device)
+
+    def components(self) -> Mapping[str, torch.nn.Module]:
+        return {"transformer": self.model, "vocoder": self.vocoder} if hasattr(self, "model") else {}
+
+    @staticmethod
+    def skeleton(folder: Path) -> Mapping[str, torch.nn.Module]:
+        vocoder = folder / VOCODER_FOLDER / "config.yaml"
+        _check_vocoder(vocoder)
+        weights = folder / MODEL_FILE
+        if weights.is_file():
+            _, tokens = get_tokenizer(str(folder / VOCABULARY_FILE), "custom")
+            shape = architecture(weights) | {"text_num_embeds": tokens}
+        else:
+            shape = json.loads((folder / _SHAPE_FILE).read_text("utf-8"))
+        with skeleton(), _quietly():
+            model = CFM(DiT(**shape, mel_dim=utils_infer.n_mel_channels))
+            return {"transformer": model, "vocoder": Vocos.from_hparams(str(vocoder))}
 
     def generate(self, request: SpeechRequest, options: F5Options, run: Run) -> Audio:
         """Sentences are joined with pauses; the library's cross-fade is for texts cut inside a sentence."""
