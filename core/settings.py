@@ -82,6 +82,11 @@ class Settings(BaseSettings):
     heartbeat_limit: float = Field(60.0, gt=0, description="seconds without a sign of the worker process")
     start_limit: float = Field(300.0, gt=0, description="the same while it starts and imports its libraries")
     patience: int = Field(4, ge=0, description="times a job may be passed over for the loaded engine")
+    turn_seconds: float = Field(
+        3.0,
+        ge=0,
+        description="seconds an engine stays for its visitor's next job before another crowds it out",
+    )
     jobs_per_visitor: int = Field(24, ge=1, description="waiting jobs one visitor may have")
 
     @property

@@ -223,6 +223,7 @@ class Host:
             if broken:
                 # Whatever state the engine is in now, its next job starts from a fresh one.
                 self.residency.release_all(job.order.engine)
+        self._tell(self.pulse())  # first: the queue asks at once which engines are loaded now
         self._tell(JobEvent(job.job, last))
 
     def _carry_out(self, job: RunJob, run: JobRun) -> Finished:
@@ -254,6 +255,7 @@ class Host:
             "real_time_factor": round((work.ended - work.started) / result.seconds, 4),
             "finish_seconds": round(time.perf_counter() - work.ended, 4),
             "units": card.units(order.request),
+            "planned_bytes": work.loan.planned,
             **memory,
         }
         origin = {
@@ -342,7 +344,11 @@ class Work:
 
 
 class Meter:
-    """Memory of one job, in bytes: before, at the peak, after; and what it took beside the weights."""
+    """Memory of one job, in bytes: before, at the peak, after; and what it took beside the weights.
+
+    The last is known only of a device that counts its tensors. Host memory also grows by libraries, by pages
+    of mapped files and by what allocators keep.
+    """
 
     def __init__(self, device: Device | None) -> None:
         self._device = device
@@ -367,7 +373,9 @@ class Meter:
             "device_before_bytes": self._device_before,
             "device_peak_bytes": _most(most, self._load_peaks[1]) if device else None,
             "device_after_bytes": device.used() if device else None,
-            "working_bytes": max(0, most - self._loaded) if device and most is not None else None,
+            "working_bytes": max(0, most - self._loaded)
+            if most and device and device.name != "cpu"
+            else None,
         }
 
     def _reset(self) -> None:
@@ -425,12 +433,12 @@ def main(pipe: Connection, settings: Settings, log: Path) -> None:
                 host.run(message)
             case Unload(engine, park):
                 host.unload(engine, park)
+                tell(host.pulse())
             case Budget(memory):
                 host.set_budget(memory)
+                tell(host.pulse())
             case None:
-                host.tick()
-                continue  # the next beat tells
-        tell(host.pulse())
+                host.tick()  # the next beat tells of it
     host.unload()
 
 

@@ -47,6 +47,7 @@ class Loan:
     engine: Engine
     placement: Placement
     words: str  # where its components are, for people
+    planned: int  # bytes on its device
 
 
 class RanOut(Exception):
@@ -113,7 +114,8 @@ class Memory:
         )
         with ExitStack() as stack:
             resident = self._explained(card, key, where, lambda: stack.enter_context(lease))
-            yield Loan(resident.engine, resident.placement, resident.words)
+            planned = resident.claim.busy
+            yield Loan(resident.engine, resident.placement, resident.words, planned.device or planned.ram)
 
     def limits(self) -> Limits:
         """What engines may take now. The device is asked, so what others take there counts."""
