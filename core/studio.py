@@ -26,7 +26,7 @@ from core.settings import Settings
 from core.takes import Pace, Take, Takes
 from core.worker.footprint import shipped
 from core.worker.placement import Demand, Room, in_words, plan, working_bytes
-from core.worker.process import InlineWorker, Pulse, RunJob, State, Worker, WorkerProcess
+from core.worker.process import InlineWorker, Pulse, Released, RunJob, State, Worker, WorkerProcess
 
 HEARTBEAT_SECONDS = 2.0  # a watcher wakes at least this often
 SETTLE_SECONDS = 0.15  # events that come together wake a watcher once
@@ -340,6 +340,16 @@ class Studio:
     def unload(self, engine: str = "") -> None:
         """Release one engine's memory, or all."""
         self._worker.unload(engine)
+
+    @property
+    def pulse(self) -> Pulse | None:
+        """The worker's latest sign of life; None before the first."""
+        return self._worker.pulse
+
+    @property
+    def releases(self) -> Sequence[Released]:
+        """What the worker's latest releases gave back, oldest first."""
+        return self._worker.releases
 
     def status(self) -> Status:
         pulse = self._worker.pulse

@@ -7,7 +7,8 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -38,6 +39,7 @@ Listener = Callable[[str, Event], None]  # (job, event)
 _TICK = 0.1  # seconds between looks at the deadlines
 _SENDS = 2  # times a job is handed to a new process because the last one died before it began
 _LONGEST_BACKOFF = 10.0  # seconds
+_RELEASES = 50  # remembered, to be shown
 _LOG_TAIL = 12_000  # bytes of its output that go into a failure's detail; a crash lists modules at length
 
 
@@ -48,6 +50,8 @@ class Worker(Protocol):
     def state(self) -> State: ...
     @property
     def pulse(self) -> Pulse | None: ...
+    @property
+    def releases(self) -> Sequence[Released]: ...  # the latest, oldest first
     def start(self, listener: Listener) -> None: ...
     def run(self, message: RunJob) -> None: ...
     def stop(self, job: str) -> None: ...
@@ -88,6 +92,7 @@ class WorkerProcess:
         self._closing = False
         self.state: State = "starting"
         self.pulse: Pulse | None = None
+        self.releases: deque[Released] = deque(maxlen=_RELEASES)
         self.restarts = 0
 
     def start(self, listener: Listener) -> None:
@@ -216,6 +221,7 @@ class WorkerProcess:
                             self._current.heard = self._beat  # the job's own time begins now
         elif isinstance(message, Released):
             with self._lock:
+                self.releases.append(message)
                 self._leaky = self._leaky or not message.clean
                 self._end_leaky()
         elif isinstance(message, JobEvent):
@@ -324,6 +330,7 @@ class InlineWorker:
         self._job = ""
         self._thread: threading.Thread | None = None
         self.state: State = "ready"
+        self.releases: deque[Released] = deque(maxlen=_RELEASES)
 
     def start(self, listener: Listener) -> None:
         from core.worker.host import Host
@@ -333,6 +340,8 @@ class InlineWorker:
                 if isinstance(message.event, Finished | Failed | Stopped):
                     self.state = "ready"
                 listener(message.job, message.event)
+            elif isinstance(message, Released):
+                self.releases.append(message)
 
         self._host = Host(self._settings, hear)
 
