@@ -18,6 +18,7 @@ from core.events import Event, Failed, Finished, Stopped
 from core.logs import new_log
 from core.settings import Settings
 from core.worker.messages import (
+    Budget,
     FromWorker,
     JobEvent,
     Pulse,
@@ -54,7 +55,8 @@ class Worker(Protocol):
     def start(self, listener: Listener) -> None: ...
     def run(self, message: RunJob) -> None: ...
     def stop(self, job: str) -> None: ...
-    def unload(self, engine: str = "") -> None: ...
+    def unload(self, engine: str = "", park: bool = False) -> None: ...
+    def set_budget(self, memory: int | None) -> None: ...
     def close(self) -> None: ...
 
 
@@ -129,9 +131,16 @@ class WorkerProcess:
         # The process is still starting: it drops the job when it gets there, and nobody waits for that.
         self._listener(job, Stopped())
 
-    def unload(self, engine: str = "") -> None:
+    def unload(self, engine: str = "", park: bool = False) -> None:
+        """Let one engine go, or all; with `park` it keeps its weights in host memory, where there is room."""
         with self._lock:
-            self._send(Unload(engine))
+            self._send(Unload(engine, park))
+
+    def set_budget(self, memory: int | None) -> None:
+        """Change the memory budget, for this process and for those that may replace it."""
+        with self._lock:
+            self._settings = self._settings.model_copy(update={"memory_budget": memory})
+            self._send(Budget(memory))
 
     def close(self) -> None:
         """End the process: politely, then not."""
@@ -349,8 +358,11 @@ class InlineWorker:
     def stop(self, job: str) -> None:
         self._host.stop(job)
 
-    def unload(self, engine: str = "") -> None:
-        self._host.unload(engine)
+    def unload(self, engine: str = "", park: bool = False) -> None:
+        self._host.unload(engine, park)
+
+    def set_budget(self, memory: int | None) -> None:
+        self._host.set_budget(memory)
 
     def close(self) -> None:
         """Stop the job in progress. One that does not heed it within the grace is left to end by itself."""
