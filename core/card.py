@@ -33,6 +33,27 @@ class Ability(StrEnum):
     MARKUP = "markup"  # SSML-like <tags> are understood
 
 
+Strategy = Literal["resident", "model_offload", "group_block", "group_leaf", "device_map", "cpu"]
+"""Where the components of an engine go, in the order in which they are tried:
+
+- resident: all of them on the device;
+- model_offload: each is moved there while it works (accelerate and diffusers call it so);
+- group_block, group_leaf: the layers of each are moved there one block, or one layer, at a time (diffusers);
+- device_map: as many layers as fit stay there, the next in host memory, the last on disk (accelerate);
+- cpu: all of them in host memory, and the work is done there.
+"""
+
+
+class Working(BaseModel):
+    """Device memory a job takes beside the weights, in bytes: a guess until there are measured takes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    share: float = 0.25  # of the weights' bytes
+    fixed: int = 0
+    per_unit: float = 0.0  # for each of `Card.units`
+
+
 class Options(BaseModel):
     """An engine's own knobs.
 
@@ -109,6 +130,10 @@ class Card(BaseModel):
     reference_seconds: tuple[float, float] | None = None  # shortest and longest useful reference
     reference_required: bool = False  # cannot speak without a reference
     gpu_dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of its weights on a GPU
+    strategies: tuple[Strategy, ...] = ("resident", "cpu")  # each gives the same result (tested)
+    whole: frozenset[str] = frozenset()  # components whose layers have to stay together
+    quantisations: tuple[Literal["int8"], ...] = ()  # of its weights on a GPU too small for them
+    working: Working = Working()
     reproducible: bool = True  # same seed, same machine: bitwise the same media (tested)
     reproducible_note: str = ""
     options: type[Options] = Options
@@ -120,6 +145,11 @@ class Card(BaseModel):
     def checkpoint(self, request: Any, options: Options) -> Checkpoint:
         """The checkpoint that serves this request."""
         return self.pick(request, options) if self.pick else self.checkpoints[0]
+
+    @staticmethod
+    def units(request: Any) -> float:
+        """How much is asked for, in what working memory and time grow with: characters of the text."""
+        return float(len(request.text))
 
     @property
     def has_weights(self) -> bool:

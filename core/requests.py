@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from core.card import Ability, Card, Modality, Options
+from core.card import Ability, Card, Modality, Options, Strategy
 from core.errors import BadInput
 from core.media import probe_audio, read_audio
 
@@ -46,6 +46,7 @@ class Order(BaseModel):
     weights: str = "auto"  # auto, hub, miniature, or a folder
     commits: dict[str, str] = Field(default_factory=dict)  # repository -> commit, when a take is made again
     accepted: frozenset[str] = frozenset()  # engines whose licence this visitor accepted
+    forced: Strategy | None = None  # a placement the visitor insists on
     group: str = ""  # orders of one press share it
 
 

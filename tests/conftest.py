@@ -24,7 +24,4 @@ def settings(tmp_path: Path):
         device="cpu",
         threads=1,
         engine_modules=("tests.unruly",),
-        cancel_grace=1.0,
-        silence_limit=3.0,
-        heartbeat_limit=15.0,
     )

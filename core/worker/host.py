@@ -6,7 +6,6 @@ The same `Host` runs in a child process (`main`) and inline: in a test, a script
 from __future__ import annotations
 
 import faulthandler
-import importlib
 import os
 import queue
 import random
@@ -17,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
@@ -27,15 +27,16 @@ import numpy as np
 from core import __version__, weights
 from core.card import Card, Checkpoint
 from core.catalog import Catalog
-from core.engines.base import Cancelled, Engine, Placement
-from core.errors import BadInput, DoesNotFit, SoundstageError, WeightsError
+from core.engines.base import Cancelled
+from core.errors import BadInput, DoesNotFit, SoundstageError
 from core.events import Chunk, Event, Failed, Finished, Loading, Preview, Step, Stopped
 from core.media import Audio, write_audio
 from core.requests import Order, check, parse_options
 from core.settings import Settings
-from core.worker import placement
-from core.worker.devices import Device, ram_available, ram_peak, ram_total, ram_used, reset_ram_peak
+from core.worker.devices import Device, ram_peak, ram_total, ram_used, reset_ram_peak
+from core.worker.memory import Loan, Memory, RanOut, Wanted, in_short, is_out_of_memory
 from core.worker.messages import (
+    Budget,
     FromWorker,
     JobEvent,
     Pulse,
@@ -46,9 +47,9 @@ from core.worker.messages import (
     Unload,
 )
 from core.worker.outputs import save
-from core.worker.residency import Key, Residency
 
 PULSE_SECONDS = 2.0
+TICK_SECONDS = 5.0  # without a message, after which idle engines are looked at
 EVENTS_PER_SECOND = 10.0  # of steps; an eye sees no more
 LIBRARIES = ("torch", "transformers", "coqui-tts", "f5-tts")  # whose versions go into a take
 
@@ -133,26 +134,19 @@ class Host:
         self._tell = tell
         self._catalog = Catalog(settings.engine_modules)
         self._licences = weights.Licences(settings.home, settings.accept_licences)
-        self._device: Device | None = None
         self._running: tuple[str, JobRun] | None = None
         self._stopped_early: set[str] = set()
         self._found: dict[tuple[str, Checkpoint, str, bool], weights.Resolved] = {}
         self._stopping = threading.Lock()
         self._turn = threading.Lock()
         self._warm = False
-        self.residency = Residency(self._room_bytes, self._settle, self._device_used, tell)
-
-    @property
-    def device(self) -> Device:
-        """The device; the first use imports torch."""
-        if self._device is None:
-            self._device = Device(self._settings.device, self._settings.model_threads)
-        return self._device
+        self.memory = Memory(settings, self._catalog, tell)
+        self.residency = self.memory.residency
 
     def warm_up(self) -> None:
         """Import torch now. What hinders it is told by each job that needs a device."""
         try:
-            _ = self.device
+            _ = self.memory.device
         except Exception:
             traceback.print_exc()
         self._warm = True
@@ -165,23 +159,41 @@ class Host:
             else:
                 self._stopped_early.add(job)
 
-    def unload(self, engine: str = "") -> None:
-        """Release one engine, or all."""
+    def unload(self, engine: str = "", park: bool = False) -> None:
+        """Release one engine, or all; with `park` its weights wait in host memory, where there is room."""
         with self._turn:
-            self.residency.release_all(engine)
+            if park:
+                self.memory.leave_device(engine)
+            else:
+                self.residency.release_all(engine)
+
+    def set_budget(self, memory: int | None) -> None:
+        """Change the memory budget; what no longer fits goes now."""
+        with self._turn:
+            self.memory.set_budget(memory)
+
+    def tick(self) -> None:
+        """Give back what was not used for long."""
+        with self._turn:
+            self.memory.age()
 
     def pulse(self) -> Pulse:
-        device = self._device
+        device = self.memory.known_device
         ram = ram_used()
         return Pulse(
             device=device.title if device else "CPU",
             device_name=device.name if device else "cpu",
             device_used=device.used() if device else ram,
-            device_total=self._settings.memory_budget or (device.total() if device else ram_total()),
+            device_total=self.memory.budget or (device.total() if device else ram_total()),
             ram_used=ram,
             ram_total=ram_total(),
             loaded=self.residency.loaded,
+            held=self.residency.inventory(),
+            device_free=self.memory.free(),
             ready=self._warm,
+            parked=self.residency.parked,
+            ram_held=self.residency.held.ram,
+            ram_budget=self.memory.ram_budget,
         )
 
     def run(self, job: RunJob) -> None:
@@ -211,6 +223,7 @@ class Host:
             if broken:
                 # Whatever state the engine is in now, its next job starts from a fresh one.
                 self.residency.release_all(job.order.engine)
+        self._tell(self.pulse())  # first: the queue asks at once which engines are loaded now
         self._tell(JobEvent(job.job, last))
 
     def _carry_out(self, job: RunJob, run: JobRun) -> Finished:
@@ -220,36 +233,29 @@ class Host:
         checkpoint = card.checkpoint(order.request, options).at(order.commits)
         run.loading("Looking for weights" if card.has_weights else "Starting")
         self._refuse_closed(card, checkpoint, order, job.online)
-        device = self.device if card.has_weights else None  # first of all: it mends what libraries trip over
+        # First of all: it mends what libraries trip over.
+        device = self.memory.device if card.has_weights else None
         found = self._find(card, checkpoint, order.weights, job.online, run)
         check(card, order.request, options, found.folder)
-        run.loading(f"Loading {card.name}")
         meter = Meter(device)
-        where = self._place(card, found.bytes)
-        key = Key(card.id, found.folder, found.commit, where)
-        asked = time.perf_counter()
-        with self.residency.lease(
-            key, placement.needed(found.bytes), lambda: self._load(card, key)
-        ) as resident:
-            load_seconds = time.perf_counter() - asked
-            run.check()
-            if card.has_weights:
-                seed_everything(order.seed)
-            started = time.perf_counter()
-            result = resident.engine.generate(order.request, options, run)
-            ended = time.perf_counter()
+        work = self._work(
+            Wanted(card, found, card.units(order.request), job.working, order.forced), job, run, meter
+        )
+        result, where = work.result, work.loan.placement
         if not result.seconds:
             raise SoundstageError(f"{card.name} gave no sound for this text; try another seed or text.")
         memory = meter.read()
         run.finishing()
         media = save(result, job.folder)
         measurements: dict[str, float | int | None] = {
-            "load_seconds": round(load_seconds, 4),
-            "generate_seconds": round(ended - started, 4),
-            "first_audio_seconds": round((run.first_audio or ended) - started, 4),
+            "load_seconds": round(work.started - work.asked, 4),
+            "generate_seconds": round(work.ended - work.started, 4),
+            "first_audio_seconds": round((run.first_audio or work.ended) - work.started, 4),
             "audio_seconds": round(result.seconds, 4),
-            "real_time_factor": round((ended - started) / result.seconds, 4),
-            "finish_seconds": round(time.perf_counter() - ended, 4),
+            "real_time_factor": round((work.ended - work.started) / result.seconds, 4),
+            "finish_seconds": round(time.perf_counter() - work.ended, 4),
+            "units": card.units(order.request),
+            "planned_bytes": work.loan.planned,
             **memory,
         }
         origin = {
@@ -260,7 +266,45 @@ class Host:
             "also": found.also,
             "note": found.note,
         }
-        return Finished(tuple(media), measurements, origin, vars(where).copy(), dict(_versions()))
+        return Finished(
+            tuple(media), measurements, origin, {**where.record, "words": work.loan.words}, dict(_versions())
+        )
+
+    def _work(self, wanted: Wanted, job: RunJob, run: JobRun, meter: Meter) -> Work:
+        """Load and generate. Where memory runs out all the same, with the next placement that needs less.
+
+        While loading that is tried down the whole ladder: another process may have taken what was free. In
+        the middle of a job it is tried once, and not where a listener has heard a part already.
+        """
+        while True:
+            try:
+                return self._attempt(wanted, job, run, meter)
+            except RanOut as error:
+                short = error.with_traceback(None)  # a kept traceback would keep the model alive
+            self.residency.release_all(wanted.card.id)
+            again = short.loading or (wanted.after is None and not run.first_audio)
+            wanted = replace(wanted, forced=None, after=short.placement)
+            if not again or not self.memory.can_place(wanted):
+                raise DoesNotFit(short.reason)
+            run.loading("It ran out of memory; trying a way that needs less")
+
+    def _attempt(self, wanted: Wanted, job: RunJob, run: JobRun, meter: Meter) -> Work:
+        card, order = wanted.card, job.order
+        run.loading(f"Loading {card.name}")
+        asked = time.perf_counter()
+        with self.memory.lend(wanted) as loan:
+            run.check()
+            if card.has_weights:
+                seed_everything(order.seed)
+            meter.loaded()
+            started = time.perf_counter()
+            try:
+                result = loan.engine.generate(order.request, parse_options(card, order.options), run)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise RanOut(loan.placement, _ran_out(card), loading=False) from None
+                raise
+            return Work(result, loan, asked, started, time.perf_counter())
 
     def _refuse_closed(self, card: Card, checkpoint: Checkpoint, order: Order, online: bool) -> None:
         """The page asked before the job was queued; since then real weights may have come within reach."""
@@ -287,87 +331,73 @@ class Host:
         )
         return found
 
-    def _place(self, card: Card, size: int) -> Placement:
-        if not card.has_weights:
-            return Placement()
-        held = self.residency.held - self.residency.leased
-        room = placement.Room(
-            device=self.device.name,
-            device_bytes=self._capped(self.device.free() + held),
-            ram_bytes=ram_available() + (held if self.device.name == "cpu" else 0),
-        )
-        return placement.plan(card, size, room)
 
-    def _capped(self, size: int) -> int:
-        return min(size, self._settings.memory_budget or size)
+@dataclass(frozen=True)
+class Work:
+    """What an engine made, and when: seconds of `time.perf_counter`."""
 
-    def _room_bytes(self, device: str) -> int:
-        """Bytes that all residents may hold together on a device."""
-        free = self.device.free() if device == self.device.name else ram_available()
-        return self._capped(free + self.residency.held)
-
-    def _load(self, card: Card, key: Key) -> Engine:
-        module = importlib.import_module(f"{self._catalog.package(card.id)}.engine")
-        engine: Engine = module.ENGINE()
-        try:
-            engine.load(key.folder, key.placement)
-        except (Cancelled, SoundstageError):
-            raise
-        except Exception as error:
-            if _is_out_of_memory(error):
-                raise DoesNotFit(f"{card.name} does not fit the memory of {self.device.title}.") from None
-            name = key.folder.name if key.folder else card.id
-            reason = _in_short(error)
-            if isinstance(error, AttributeError | LookupError | TypeError):  # says nothing to a person
-                reason = f"one of its files is not what the library expects ({reason})."
-            raise WeightsError(f"{card.name} could not load its checkpoint {name!r}: {reason}") from error
-        return engine
-
-    def _device_used(self) -> int | None:
-        # Host memory is no proof to the byte: the allocator keeps some of it.
-        return self.device.used() if self._device and self._device.name != "cpu" else None
-
-    def _settle(self) -> None:
-        if self._device:
-            self._device.settle()
+    result: Audio
+    loan: Loan
+    asked: float
+    started: float
+    ended: float
 
 
 class Meter:
-    """Memory of one job, in bytes: before, at the peak, after."""
+    """Memory of one job, in bytes: before, at the peak, after; and what it took beside the weights.
+
+    The last is known only of a device that counts its tensors. Host memory also grows by libraries, by pages
+    of mapped files and by what allocators keep.
+    """
 
     def __init__(self, device: Device | None) -> None:
         self._device = device
         self._ram_before = ram_used()
         self._device_before = device.used() if device else None
-        self._marked = reset_ram_peak()
-        if device:
-            device.reset_peak()
+        self._load_peaks: tuple[int | None, int | None] = (None, None)
+        self._loaded = 0
+        self._reset()
+
+    def loaded(self) -> None:
+        """The engine is loaded, and starts to work."""
+        self._load_peaks = self._peaks()
+        self._loaded = self._device.used() if self._device else ram_used()
+        self._reset()
 
     def read(self) -> dict[str, int | None]:
-        device = self._device
+        device, (ram, most) = self._device, self._peaks()
         return {
             "ram_before_bytes": self._ram_before,
-            "ram_peak_bytes": ram_peak() if self._marked else None,
+            "ram_peak_bytes": _most(ram, self._load_peaks[0]),
             "ram_after_bytes": ram_used(),
             "device_before_bytes": self._device_before,
-            "device_peak_bytes": device.peak() if device else None,
+            "device_peak_bytes": _most(most, self._load_peaks[1]) if device else None,
             "device_after_bytes": device.used() if device else None,
+            "working_bytes": max(0, most - self._loaded)
+            if most and device and device.name != "cpu"
+            else None,
         }
 
+    def _reset(self) -> None:
+        self._marked = reset_ram_peak()
+        if self._device:
+            self._device.reset_peak()
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "AcceleratorError")
+    def _peaks(self) -> tuple[int | None, int | None]:
+        """Of RAM and of the device since the last reset."""
+        return ram_peak() if self._marked else None, self._device.peak() if self._device else None
 
 
-def _in_short(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + "…"
+def _most(*numbers: int | None) -> int | None:
+    return max((number for number in numbers if number is not None), default=None)
 
 
 def _reason(card: Card, error: BaseException) -> str:
-    if _is_out_of_memory(error):
-        return f"{card.name} ran out of memory; ask for less at once, or choose a smaller checkpoint."
-    return f"{card.name} failed: {_in_short(error)}"
+    return _ran_out(card) if is_out_of_memory(error) else f"{card.name} failed: {in_short(error)}"
+
+
+def _ran_out(card: Card) -> str:
+    return f"{card.name} ran out of memory; ask for less at once, or choose a smaller checkpoint."
 
 
 @cache
@@ -395,15 +425,29 @@ def main(pipe: Connection, settings: Settings, log: Path) -> None:
     threading.Thread(target=_beat, args=(host, tell), daemon=True).start()
     host.warm_up()  # while the visitor still types
     tell(host.pulse())
-    while not isinstance(message := todo.get(), Quit):
-        if isinstance(message, RunJob):
-            # A crash shows the end of the log to this job's visitor, who is not to read of others' jobs.
-            os.ftruncate(1, 0)
-            host.run(message)
-        elif isinstance(message, Unload):
-            host.unload(message.engine)
-        tell(host.pulse())
+    while not isinstance(message := _next(todo), Quit):
+        match message:
+            case RunJob():
+                # A crash shows the end of the log to this job's visitor, who is not to read of others' jobs.
+                os.ftruncate(1, 0)
+                host.run(message)
+            case Unload(engine, park):
+                host.unload(engine, park)
+                tell(host.pulse())
+            case Budget(memory):
+                host.set_budget(memory)
+                tell(host.pulse())
+            case None:
+                host.tick()  # the next beat tells of it
     host.unload()
+
+
+def _next(todo: queue.SimpleQueue[ToWorker]) -> ToWorker | None:
+    """The next message; None where there was none for a while."""
+    try:
+        return todo.get(timeout=TICK_SECONDS)
+    except queue.Empty:
+        return None
 
 
 def _write_output_to(log: Path) -> None:

@@ -1,53 +1,206 @@
-"""Where an engine's components go. The first rungs of the ladder: resident on the device, else on the CPU."""
+"""Where an engine's components go: a ladder of ways to run it, from the fastest to the smallest."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from core.card import Card
+from core.card import Card, Strategy
 from core.engines.base import Placement
 from core.errors import DoesNotFit
+from core.worker.footprint import Component, Footprint
 
-# Room for activations and the allocator's slack beside the weights; later taken from measured peaks.
-WORKING_SHARE = 0.25
+NAMES: dict[Strategy, str] = {
+    "resident": "resident",
+    "model_offload": "model offload",
+    "group_block": "group offload, block by block",
+    "group_leaf": "group offload, layer by layer",
+    "device_map": "device map",
+    "cpu": "on the CPU",
+}
 
 
 @dataclass(frozen=True)
 class Room:
-    """What can be had, in bytes: on the device, and in host memory. They are the same on a CPU."""
+    """What can be had, in bytes: on the device, in host memory (the same on a CPU), and on disk."""
 
     device: str  # "cpu", "cuda", ...
     device_bytes: int
     ram_bytes: int
+    disk_bytes: int = 0
 
 
-def needed(weight_bytes: int) -> int:
-    """Bytes that an engine takes, from the bytes of its files."""
-    return int(weight_bytes * (1 + WORKING_SHARE))
+@dataclass(frozen=True)
+class Demand:
+    """What an engine needs for a job."""
+
+    card: Card
+    footprint: Footprint
+    working: int  # bytes beside the weights while it works
 
 
-def plan(card: Card, weight_bytes: int, room: Room) -> Placement:
-    """Choose device and dtype for an engine.
+@dataclass(frozen=True)
+class Rung:
+    """One way to run an engine, and the bytes it takes."""
+
+    placement: Placement
+    device_bytes: int
+    ram_bytes: int = 0
+    disk_bytes: int = 0
+
+    def fits(self, room: Room) -> bool:
+        if room.device == "cpu" or self.placement.device == "cpu":
+            # One memory: what a budget calls the device is a part of it.
+            most = room.device_bytes if room.device == "cpu" else room.ram_bytes
+            return self.device_bytes + self.ram_bytes <= most and self.disk_bytes <= room.disk_bytes
+        return (
+            self.device_bytes <= room.device_bytes
+            and self.ram_bytes <= room.ram_bytes
+            and self.disk_bytes <= room.disk_bytes
+        )
+
+
+def working_bytes(card: Card, footprint: Footprint, units: float) -> int:
+    """Working memory before anything was measured: the card's guess.
 
     Args:
-        weight_bytes: size of the checkpoint's files.
+        units: size of the request (`Card.units`).
+    """
+    guess = card.working
+    return int(guess.share * footprint.bytes("float32") + guess.fixed + guess.per_unit * units)
+
+
+def ladder(demand: Demand, room: Room) -> list[Rung]:
+    """Every way to run it that its card allows, the fastest first. What they need may be more than `room`."""
+    allowed = demand.card.strategies
+    return [rung for rung in _rungs(demand, room) if rung.placement.strategy in allowed]
+
+
+def plan(demand: Demand, room: Room, forced: Strategy | None = None, after: Placement | None = None) -> Rung:
+    """The first rung that fits.
+
+    Args:
         room: what could be had if every engine without a lease were evicted.
+        forced: consider only this strategy.
+        after: consider only the rungs below this one, which failed.
 
     Raises:
-        DoesNotFit: neither the device nor host memory is large enough; says what would be.
+        DoesNotFit: none does; says what would be needed.
     """
-    need = needed(weight_bytes)
-    if need <= room.device_bytes:
-        dtype = "float32" if room.device == "cpu" else card.gpu_dtype
-        return Placement(room.device, dtype, "resident")
-    if room.device != "cpu" and need <= room.ram_bytes:
-        return Placement("cpu", "float32", "cpu")
-    most = room.device_bytes if room.device == "cpu" else max(room.device_bytes, room.ram_bytes)
-    raise DoesNotFit(
-        f"{card.name} needs about {_size(need)}, and {_size(most)} can be had; "
-        "choose a smaller checkpoint or raise the memory budget."
+    rungs = ladder(demand, room)
+    if after is not None:
+        places = [r.placement.strategy == after.strategy and r.placement.device == after.device
+                  and r.placement.quantisation == after.quantisation for r in rungs]  # fmt: skip
+        rungs = rungs[places.index(True) + 1 :] if True in places else []
+    if forced:
+        rungs = [rung for rung in rungs if rung.placement.strategy == forced]
+    for rung in rungs:
+        if rung.fits(room):
+            return rung
+    raise DoesNotFit(_refusal(demand.card, rungs, room, forced))
+
+
+def _rungs(demand: Demand, room: Room) -> Iterator[Rung]:
+    footprint, working = demand.footprint, demand.working
+    if room.device == "cpu":
+        whole = footprint.bytes("float32")
+        yield Rung(Placement("cpu", "float32", "resident"), whole + working)
+        for strategy in ("model_offload", "group_block", "group_leaf"):
+            # They save nothing here, and run only where they are forced: to try them without a GPU.
+            yield Rung(Placement("cpu", "float32", strategy), whole + working)
+        yield _device_map(demand, room, "float32")
+        return
+    dtype = demand.card.gpu_dtype
+    whole = footprint.bytes(dtype)
+    on = Placement(room.device, dtype)
+    yield Rung(on, whole + working)
+    if len(footprint.components) > 1:
+        largest = max(c.bytes(dtype) for c in footprint.components)
+        yield Rung(replace(on, strategy="model_offload"), largest + working, whole)
+    for kind in demand.card.quantisations:
+        yield Rung(replace(on, quantisation=kind), footprint.bytes(dtype, kind) + working)
+    for strategy, by_leaf in (("group_block", False), ("group_leaf", True)):
+        streamed = _at_once(footprint.components, dtype, by_leaf=by_leaf)
+        yield Rung(replace(on, strategy=strategy), streamed + working, whole)  # type: ignore[arg-type]
+    yield _device_map(demand, room, dtype)
+    yield Rung(Placement("cpu", "float32", "cpu"), 0, footprint.bytes("float32") + working)
+
+
+def _at_once(components: Sequence[Component], dtype: str, *, by_leaf: bool) -> int:
+    """Bytes on the device under group offload: all that is whole, and the largest of what is streamed."""
+    whole = sum(c.bytes(dtype) for c in components if c.whole)
+    return whole + max((c.streamed(dtype, by_leaf=by_leaf) for c in components if not c.whole), default=0)
+
+
+def _device_map(demand: Demand, room: Room, dtype: str) -> Rung:
+    """As many layers as fit on the device, beside room for the largest one of those that do not."""
+    footprint, item = demand.footprint, replace
+    weights = footprint.bytes(dtype)
+    components = [item(c, floats=c.largest) for c in footprint.components if not c.whole]
+    passing = max((c.bytes(dtype) for c in components), default=0)
+    fixed = sum(c.bytes(dtype) for c in footprint.components if c.whole)
+    least = fixed + passing + demand.working
+    share = max(0, min(weights - fixed, room.device_bytes - least))
+    if room.device == "cpu":
+        ram = 0
+        disk = weights - fixed - share
+        placement = Placement("cpu", dtype, "device_map", device_share=share)
+    else:
+        rest = weights - fixed - share
+        ram = min(rest, max(0, room.ram_bytes))
+        disk = rest - ram
+        placement = Placement(room.device, dtype, "device_map", device_share=share, ram_share=ram)
+    return Rung(placement, least + share, ram, disk)
+
+
+def _refusal(card: Card, rungs: Sequence[Rung], room: Room, forced: Strategy | None) -> str:
+    if not rungs:
+        way = f" as {NAMES[forced]}" if forced else " in any other way"
+        return f"{card.name} cannot be run{way} here; leave the placement to Soundstage."
+    most = max(room.device_bytes, room.ram_bytes) if room.device != "cpu" else room.device_bytes
+    first, least = rungs[0], min(rungs, key=lambda r: r.device_bytes + r.ram_bytes)
+    need = f"{card.name} needs about {size(first.device_bytes + first.ram_bytes)}"
+    if least is not first:
+        places = (
+            (least.device_bytes, "on the device"),
+            (least.ram_bytes, "of RAM"),
+            (least.disk_bytes, "of disk"),
+        )
+        need += f", or with {NAMES[least.placement.strategy]} "
+        need += _list([f"{size(count)} {place}" for count, place in places if count])
+    return (
+        f"{need}, and {size(most)} can be had; choose a smaller checkpoint, ask for less at once, "
+        "or raise the memory budget."
     )
 
 
-def _size(count: int) -> str:
+def in_words(placement: Placement, footprint: Footprint) -> str:
+    """A placement as the page shows it: "gpt on the GPU while it works, then decoder"."""
+    names = [component.name for component in footprint.components]
+    whole = [component.name for component in footprint.components if component.whole]
+    streamed = [name for name in names if name not in whole]
+    device = "the CPU" if placement.device == "cpu" else "the GPU"
+    match placement.strategy:
+        case "resident":
+            words = f"all on {device}"
+        case "model_offload":
+            words = f"{_list(names)} take turns on {device}"
+        case "group_block" | "group_leaf":
+            piece = "block by block" if placement.strategy == "group_block" else "layer by layer"
+            words = f"{_list(streamed)} brought to {device} {piece}"
+        case "device_map":
+            rest = "RAM and disk" if placement.ram_share else "disk"
+            words = f"{size(placement.device_share)} of {_list(streamed)} on {device}, the rest in {rest}"
+        case "cpu":
+            return "all in RAM, the work is done by the CPU"
+    if whole and placement.strategy != "resident" and placement.strategy != "model_offload":
+        words += f"; {_list(whole)} stays on {device}"
+    return f"{words}, weights in {placement.quantisation}" if placement.quantisation else words
+
+
+def _list(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

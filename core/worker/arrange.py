@@ -1,0 +1,294 @@
+"""Carries out a placement on loaded components, through accelerate's and diffusers' hooks."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from core.engines.base import Placement
+from core.worker.footprint import blocks_of
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Shelf:
+    """One component's tensors in host memory, from which it is copied to the device as often as needed.
+
+    Weights do not change, so going back to the shelf copies nothing.
+    """
+
+    def __init__(self, module: torch.nn.Module, device: str) -> None:
+        self._module = module
+        self._device = device
+        self._host: list[torch.Tensor] = []
+        self.on_device = False
+
+    def take(self) -> None:
+        """Copy it to the device."""
+        if self.on_device:
+            return
+        copies: dict[int, torch.Tensor] = {}  # a tied tensor is met twice and copied once
+
+        def copy(host: torch.Tensor) -> torch.Tensor:
+            if id(host) not in copies:
+                copies[id(host)] = host.to(self._device, non_blocking=True)
+            return copies[id(host)]
+
+        if not self._host:
+            self._host = self._gather()
+        self._change(copy)
+        self.on_device = True
+
+    def put_back(self) -> None:
+        """Drop the device's copy."""
+        if self.on_device:
+            self._change(lambda host: host)
+            self.on_device = False
+
+    def fill(self) -> None:
+        """Copy it from the device to host memory, and leave it there."""
+        if not self._host:
+            self._host = self._gather()
+        self.on_device = True
+        self.put_back()
+
+    def empty(self) -> None:
+        """Forget the host's copy; what is on the device stays."""
+        self._host = []
+
+    def _gather(self) -> list[torch.Tensor]:
+        """Host copies, pinned where the device is a GPU, in the order a module visits its tensors."""
+        import torch
+
+        found: list[torch.Tensor] = []
+        known: dict[int, torch.Tensor] = {}
+        pin = self._device.startswith("cuda")
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) not in known:
+                host = tensor.detach().cpu()
+                # A subclass, such as a quantised tensor, pins nothing.
+                plain = type(host) is torch.Tensor
+                known[id(tensor)] = host.pin_memory() if pin and plain else host
+            found.append(known[id(tensor)])
+            return tensor
+
+        with torch.no_grad():
+            self._module._apply(note)
+        return found
+
+    def _change(self, to: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        import torch
+
+        number = count()
+        # A parameter that was given an inference tensor could not be used outside that mode.
+        with torch.inference_mode(False), torch.no_grad():
+            self._module._apply(lambda _: to(self._host[next(number)]))
+
+
+class Arrangement:
+    """What was done to an engine's components, and how they are parked and let go.
+
+    Args:
+        components: loaded to `placement.load_device`.
+        whole: names of those that cannot be taken apart.
+        scratch: a folder for what a device map puts on disk.
+    """
+
+    def __init__(
+        self,
+        components: Mapping[str, torch.nn.Module],
+        placement: Placement,
+        whole: frozenset[str],
+        scratch: Path,
+    ) -> None:
+        self._components = dict(components)
+        self.placement = placement
+        self._whole = whole
+        self._disk: Path | None = None
+        self._shelves: dict[str, Shelf] = {}
+        match placement.strategy:
+            case "resident":
+                if placement.quantisation:
+                    self._quantise()
+            case "model_offload":
+                self._shelves = {n: Shelf(m, placement.device) for n, m in self._components.items()}
+            case "group_block" | "group_leaf":
+                self._stream()
+            case "device_map":
+                self._spread(scratch)
+
+    @contextmanager
+    def using(self, *names: str) -> Iterator[None]:
+        """The named components are on the device inside. They stay until others are needed."""
+        if self.placement.strategy == "model_offload":
+            for name, shelf in self._shelves.items():
+                if name not in names:
+                    shelf.put_back()
+            for name in names:
+                self._shelves[name].take()
+        yield
+
+    def rest(self) -> None:
+        """The job is over: what was moved in only for it goes back."""
+        if self.placement.strategy == "model_offload":
+            for shelf in self._shelves.values():
+                shelf.put_back()
+
+    @property
+    def can_park(self) -> bool:
+        """Whether all of it can wait in host memory; layers that were sent to the disk can not."""
+        return self.placement.strategy != "device_map"
+
+    def park(self) -> None:
+        """Give the device back, and keep the weights in host memory."""
+        self.rest()
+        if self.placement.strategy == "resident":
+            self._shelves = {n: Shelf(m, self.placement.device) for n, m in self._components.items()}
+            for shelf in self._shelves.values():
+                shelf.fill()
+        elif self.placement.strategy in ("group_block", "group_leaf"):
+            for name in self._whole:
+                self._components[name].to("cpu")
+
+    def unpark(self) -> None:
+        """The way back: copies, and reads no file."""
+        if self.placement.strategy == "resident":
+            for shelf in self._shelves.values():
+                shelf.take()
+                shelf.empty()
+            self._shelves = {}
+        elif self.placement.strategy in ("group_block", "group_leaf"):
+            for name in self._whole:
+                self._components[name].to(self.placement.device)
+
+    def undo(self) -> None:
+        """Take off every hook, and what they hold, so that the components can be let go."""
+        if self.placement.strategy in ("group_block", "group_leaf"):
+            _take_off_streams(self._components.values())
+        elif self.placement.strategy == "device_map":
+            from accelerate.hooks import remove_hook_from_module
+
+            for component in self._components.values():
+                remove_hook_from_module(component, recurse=True)
+        self._components.clear()
+        self._shelves.clear()
+        if self._disk:
+            shutil.rmtree(self._disk, ignore_errors=True)
+
+    def _quantise(self) -> None:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        for name, component in self._components.items():
+            if name not in self._whole:
+                quantize_(component, Int8WeightOnlyConfig())
+            component.to(self.placement.device)
+
+    def _stream(self) -> None:
+        import torch
+        from diffusers.hooks import apply_group_offloading
+
+        device = torch.device(self.placement.device)
+        by_block = self.placement.strategy == "group_block"
+        for name, component in self._components.items():
+            if name in self._whole:
+                component.to(device)
+                continue
+            apply_group_offloading(
+                component,
+                onload_device=device,
+                offload_device=torch.device("cpu"),
+                offload_type="block_level" if by_block else "leaf_level",
+                num_blocks_per_group=1 if by_block else None,
+                block_modules=_holders(component) if by_block else None,
+                # On CUDA the next piece is copied while one works, from pinned memory.
+                use_stream=device.type == "cuda",
+            )
+
+    def _spread(self, scratch: Path) -> None:
+        import torch
+        from accelerate import dispatch_model, infer_auto_device_map
+        from accelerate.utils import set_module_tensor_to_device
+
+        scratch.mkdir(parents=True, exist_ok=True)
+        self._disk = Path(tempfile.mkdtemp(dir=scratch))
+        device = torch.device(self.placement.device)
+        here: int | str = device.index or 0 if device.type == "cuda" else device.type
+        left = {here: self.placement.device_share}
+        if here != "cpu":
+            left["cpu"] = self.placement.ram_share
+        for name, component in self._components.items():
+            if name in self._whole:
+                component.to(device)
+                continue
+            places = infer_auto_device_map(
+                component,
+                max_memory=dict(left),
+                no_split_module_classes=sorted({type(block).__name__ for block in blocks_of(component)}),
+            )
+            for place, taken in _bytes_by_place(component, places).items():
+                if place in left:
+                    left[place] = max(0, left[place] - taken)
+            if "" in places:  # accelerate finds no weights to offload under that name
+                places = dict.fromkeys((child for child, _ in component.named_children()), places[""])
+            # accelerate leaves out the tensors that a module holds beside its children, and never moves them.
+            loose = _loose(component, places)
+            places.update(dict.fromkeys(loose, here))
+            for tensor in loose:
+                set_module_tensor_to_device(component, tensor, device)
+            dispatch_model(
+                component,
+                places,
+                main_device=here,
+                offload_dir=self._disk / name,
+                force_hooks=True,
+            )
+
+
+def _holders(module: torch.nn.Module) -> list[str]:
+    """Names of the children, at any depth, whose own children hold the lists of layers."""
+    import torch
+
+    lists = torch.nn.ModuleList | torch.nn.Sequential
+    names = []
+    for name, child in module.named_children():
+        if not isinstance(child, lists) and blocks_of(child):
+            names += [name, *_holders(child)]
+    return names
+
+
+def _loose(module: torch.nn.Module, places: Mapping[str, int | str]) -> list[str]:
+    """Names of the parameters and buffers that no entry of a device map covers as part of a module."""
+    modules = {path for path, _ in module.named_modules()}
+    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    covered = tuple(f"{path}." for path in places if path in modules)
+    return [name for name in names if not name.startswith(covered)]
+
+
+def _bytes_by_place(module: torch.nn.Module, places: Mapping[str, int | str]) -> dict[int | str, int]:
+    taken: dict[int | str, int] = {}
+    modules = dict(module.named_modules())
+    for path, place in places.items():
+        if path in modules:
+            size = sum(t.numel() * t.element_size() for t in modules[path].parameters())
+            taken[place] = taken.get(place, 0) + size
+    return taken
+
+
+def _take_off_streams(components: object) -> None:
+    from diffusers.hooks import HookRegistry
+
+    for component in components:  # type: ignore[attr-defined]
+        for module in component.modules():
+            registry = getattr(module, "_diffusers_hook", None)
+            if isinstance(registry, HookRegistry):
+                for name in list(registry.hooks):
+                    with suppress(ValueError):
+                        registry.remove_hook(name, recurse=False)
+                del module._diffusers_hook

@@ -1,0 +1,183 @@
+"""How large an engine's components are: counted on the meta device from configs alone, kept as data.
+
+`python -m core.worker.footprint` counts them anew and writes `footprints.json` into the engines' folders.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from core.card import Card
+from core.catalog import Catalog
+
+if TYPE_CHECKING:
+    import torch
+
+FILE = "footprints.json"  # in an engine's folder: repository -> its components
+CONFIGS = "configs"  # there, too: the configs of its checkpoints, by the last part of the repository
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Component:
+    """One component in numbers of floats, whose bytes follow the precision it is loaded in.
+
+    What is streamed needs room for the piece that works, for the next one, which is fetched meanwhile, and
+    for the tensors that belong to no piece.
+    """
+
+    name: str
+    floats: int
+    fixed: int = 0  # bytes of what keeps its type: integers, flags
+    linear: int = 0  # floats in the weights of linear layers, which int8 makes a byte each
+    block: int = 0  # floats on the device at once when it is streamed block by block
+    leaf: int = 0  # the same, layer by layer
+    largest: int = 0  # floats of its largest block, which a device map keeps in one place
+    whole: bool = False  # it cannot be taken apart
+
+    def bytes(self, dtype: str, quantisation: str = "") -> int:
+        small = self.linear if quantisation else 0
+        return (self.floats - small) * ITEM_BYTES[dtype] + small + self.fixed
+
+    def streamed(self, dtype: str, *, by_leaf: bool) -> int:
+        """Bytes on the device at once under group offload."""
+        floats = self.floats if self.whole else self.leaf if by_leaf else self.block
+        return floats * ITEM_BYTES[dtype] + self.fixed
+
+
+@dataclass(frozen=True)
+class Footprint:
+    components: tuple[Component, ...]
+
+    def bytes(self, dtype: str, quantisation: str = "") -> int:
+        return sum(component.bytes(dtype, quantisation) for component in self.components)
+
+    @property
+    def floats(self) -> int:
+        return sum(component.floats for component in self.components)
+
+
+def measure(modules: Mapping[str, torch.nn.Module], whole: Set[str] = frozenset()) -> Footprint:
+    """Count components; they may be on the meta device. Tied tensors count once.
+
+    Args:
+        whole: names of those that cannot be taken apart (`Card.whole`).
+    """
+    return Footprint(tuple(_measure(name, module, name in whole) for name, module in modules.items()))
+
+
+def _measure(name: str, module: torch.nn.Module, whole: bool) -> Component:
+    import torch
+
+    tensors = list(_tensors(module))
+    linear = {id(layer.weight) for layer in module.modules() if isinstance(layer, torch.nn.Linear)}
+    leaves = [_floats(_tensors(m, recurse=isinstance(m, leaf_classes()))) for m in module.modules()]
+    blocks = [list(_tensors(block)) for block in blocks_of(module)]
+    floats = _floats(tensors)
+    loose = floats - _floats({id(t): t for block in blocks for t in block}.values())
+    largest = max(map(_floats, blocks), default=floats)
+    return Component(
+        name=name,
+        floats=floats,
+        fixed=sum(t.numel() * t.element_size() for t in tensors if not t.is_floating_point()),
+        linear=sum(t.numel() for t in tensors if id(t) in linear),
+        block=min(floats, loose + 2 * largest) if blocks else floats,
+        leaf=min(floats, 2 * max(leaves, default=0)),
+        largest=largest,
+        whole=whole,
+    )
+
+
+def blocks_of(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The members of its lists of layers, also of lists in lists, not looking inside a member."""
+    import torch
+    from torch.nn.utils.parametrize import ParametrizationList
+
+    def is_list(module: torch.nn.Module) -> bool:
+        lists = torch.nn.ModuleList | torch.nn.Sequential
+        return isinstance(module, lists) and not isinstance(module, ParametrizationList)
+
+    found: list[torch.nn.Module] = []
+    for child in module.children():
+        found += [child] if is_list(module) and not is_list(child) else blocks_of(child)
+    return found
+
+
+def leaf_classes() -> tuple[type[torch.nn.Module], ...]:
+    """Layers that are streamed with all they hold: weight and bias, also where both are parametrized.
+
+    As diffusers has them (`hooks/_common.py`); of any other module the tensors of its own are a piece.
+    """
+    from torch import nn
+
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    return (*convolutions, *transposed, nn.Linear, nn.Embedding)
+
+
+def _tensors(module: torch.nn.Module, *, recurse: bool = True) -> Iterator[torch.Tensor]:
+    """Parameters and buffers, each once."""
+    yield from module.parameters(recurse)
+    yield from {id(b): b for b in module.buffers(recurse)}.values()
+
+
+def _floats(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(t.numel() for t in tensors if t.is_floating_point())
+
+
+@cache
+def shipped(folder: Path) -> dict[str, Footprint]:
+    """Footprints by repository, as an engine's folder states them; empty where it states none."""
+    file = folder / FILE
+    if not file.is_file():
+        return {}
+    return {
+        repository: Footprint(tuple(Component(**component) for component in components))
+        for repository, components in json.loads(file.read_text("utf-8")).items()
+    }
+
+
+def as_json(footprints: Mapping[str, Footprint]) -> str:
+    """What `shipped` reads."""
+    plain = {name: [asdict(c) for c in f.components] for name, f in footprints.items()}
+    return json.dumps(plain, indent=1) + "\n"
+
+
+def counted(card: Card, package: str) -> dict[str, Footprint]:
+    """Footprints by repository, from the configs in an engine's folder.
+
+    A checkpoint without configs there is counted from its own, once it is on this machine.
+    """
+    from core.engines.quirks import mend_torchaudio
+
+    mend_torchaudio()
+    engine = importlib.import_module(f"{package}.engine").ENGINE
+    folders = {c.repository: folder_of(package) / CONFIGS / c.folder for c in card.checkpoints}
+    return {
+        repository: measure(engine.skeleton(folder), card.whole)
+        for repository, folder in folders.items()
+        if folder.is_dir()
+    }
+
+
+def folder_of(package: str) -> Path:
+    return Path(importlib.import_module(package).__path__[0])
+
+
+def _write_all() -> None:
+    catalog = Catalog()
+    for card in catalog.cards():
+        package = catalog.package(card.id)
+        if card.has_weights:
+            (folder_of(package) / FILE).write_text(as_json(counted(card, package)), "utf-8")
+
+
+if __name__ == "__main__":
+    _write_all()
