@@ -69,6 +69,7 @@ class Pulse:
     loaded: tuple[str, ...]  # engine ids
     held: tuple[Held, ...]  # all of them, most recently used first; the parked ones too
     device_free: int  # what could still be taken on the device, within the budget
+    ram_free: int  # of the machine, or of its container
     ready: bool  # False while libraries are still being imported
 
 

@@ -49,6 +49,8 @@ class Worker(Protocol):
     def state(self) -> State: ...
     @property
     def pulse(self) -> Pulse | None: ...
+    @property
+    def leak(self) -> Released | None: ...
     def start(self, listener: Listener) -> None: ...
     def run(self, job: str, order: Order, folder: Path, online: bool) -> None: ...
     def stop(self, job: str) -> None: ...
@@ -88,6 +90,7 @@ class WorkerProcess:
         self._closing = False
         self.state: State = "starting"
         self.pulse: Pulse | None = None
+        self.leak: Released | None = None  # the last release that left something behind
         self.restarts = 0
 
     def start(self, listener: Listener) -> None:
@@ -209,7 +212,8 @@ class WorkerProcess:
                             self._current.heard = self._beat  # the job's own time begins now
         elif isinstance(message, Released):
             with self._lock:
-                self._leaky = self._leaky or not message.clean
+                if not message.clean:
+                    self._leaky, self.leak = True, message
                 self._end_leaky()
         elif isinstance(message, JobEvent):
             self._hear_event(message.job, message.event)
@@ -317,6 +321,7 @@ class InlineWorker:
         self._job = ""
         self._thread: threading.Thread | None = None
         self.state: State = "ready"
+        self.leak: Released | None = None
 
     def start(self, listener: Listener) -> None:
         from core.worker.host import Host
@@ -326,6 +331,8 @@ class InlineWorker:
                 if isinstance(message.event, Finished | Failed | Stopped):
                     self.state = "ready"
                 listener(message.job, message.event)
+            elif isinstance(message, Released) and not message.clean:
+                self.leak = message
 
         self._host = Host(self._settings, hear)
 
