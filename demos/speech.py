@@ -45,11 +45,12 @@ class SpeechTab:
     """
 
     name = "Speech"
+    modality = Modality.SPEECH
 
     def __init__(self, studio: Studio, visitor: gr.BrowserState) -> None:
         self.studio = studio
         self.visitor = visitor
-        self.cards = {card.id: card for card in studio.cards(Modality.SPEECH)}
+        self.cards = {card.id: card for card in studio.cards(self.modality)}
         self.examples: dict[str, list[str]] = json.loads(asset("examples.json"))
         self.voices: list[dict[str, str]] = json.loads(asset("voices/voices.json"))
         self.sent = gr.State({})  # what this page shows by now, so that only changes travel
@@ -376,7 +377,7 @@ class SpeechTab:
         sent["whole"] = True
 
     def _takes(self, visitor: str) -> list[Take]:
-        kept = self.studio.list_takes(visitor, Modality.SPEECH, TAKES_LISTED)
+        kept = self.studio.list_takes(visitor, self.modality, TAKES_LISTED)
         return [take for take in kept if take.engine in self.cards]  # an engine may have been removed
 
     def _view(self, jobs: Sequence[Job], listing: _Listing, sent: dict[str, Any]) -> list[Any]:
