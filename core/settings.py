@@ -80,6 +80,11 @@ class Settings(BaseSettings):
         60.0, gt=0, description="seconds after which engines are given back whose tab no open page shows"
     )
     patience: int = Field(4, ge=0, description="times a job may be passed over for the loaded engine")
+    turn_seconds: float = Field(
+        3.0,
+        ge=0,
+        description="seconds an engine stays for its visitor's next job before another crowds it out",
+    )
     jobs_per_visitor: int = Field(24, ge=1, description="waiting jobs one visitor may have")
 
     @property

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,17 +19,19 @@ from filelock import FileLock
 from core import takes, weights
 from core.card import Ability, Card, Checkpoint, Modality, Options, Strategy
 from core.catalog import Catalog
-from core.errors import BadInput
+from core.errors import BadInput, DoesNotFit, SoundstageError
 from core.events import Finished
+from core.forecast import Forecast, in_a_sentence, working_memory
 from core.jobs import Job, Jobs
 from core.media import room_for
 from core.presence import Presence
 from core.requests import Order, check, parse_options
 from core.settings import Settings
-from core.takes import Take, Takes
+from core.takes import Pace, Take, Takes
+from core.worker.footprint import shipped
 from core.worker.messages import Held
-from core.worker.placement import NAMES, size
-from core.worker.process import InlineWorker, State, Worker, WorkerProcess
+from core.worker.placement import NAMES, Demand, Room, in_words, plan, size, working_bytes
+from core.worker.process import InlineWorker, Pulse, RunJob, State, Worker, WorkerProcess
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +74,28 @@ class Status:
     leak: str  # the last release that left something behind, in a sentence
 
 
+@dataclass(frozen=True)
+class _History:
+    """An order's engine and checkpoint, and what earlier takes with them took."""
+
+    card: Card
+    checkpoint: Checkpoint
+    kind: str  # of weights
+    units: float
+    pace: Pace | None
+    working: int | None  # bytes beside the weights
+
+
+def _room(pulse: Pulse) -> Room:
+    """What could be had if every engine without a job made room."""
+    idle = [held for held in pulse.held if held.state != "in use"]
+    return Room(
+        device=pulse.device_name,
+        device_bytes=pulse.device_free + sum(held.device_bytes for held in idle),
+        ram_bytes=pulse.ram_total - pulse.ram_used + sum(held.ram_bytes for held in idle),
+    )
+
+
 class Studio:
     """Everything behind the page. One per server; close it at the end."""
 
@@ -91,11 +115,13 @@ class Studio:
         )
         self._jobs = Jobs(
             self._worker,
-            online=self._online_for,
+            message=self._message,
             new_folder=self.takes.new_folder,
             keep=self._keep,
             expect=self._expect,
+            crowds_out=lambda order: bool(self.forecast(order).unloads),
             patience=self.settings.patience,
+            turn_seconds=self.settings.turn_seconds,
             limit=self.settings.jobs_per_visitor,
         )
         self._closed = threading.Event()
@@ -130,9 +156,6 @@ class Studio:
     def _asks_hub(self, card: Card, choice: str) -> bool:
         """Whether the hub answers; not asked, and so not waited for, where it plays no part."""
         return card.has_weights and choice in ("auto", "hub") and self.hub.online()
-
-    def _online_for(self, order: Order) -> bool:
-        return self._asks_hub(self.catalog.card(order.engine), order.weights)
 
     # Jobs
 
@@ -219,18 +242,85 @@ class Studio:
             time.sleep(interval)
         return job
 
-    def _expect(self, order: Order) -> float | None:
-        """Seconds this order will take, from earlier takes like it; None where there are none."""
+    def _message(self, job: Job) -> RunJob:
+        """What the worker is told of a job: it asks neither the hub nor the takes by itself."""
+        assert job.folder is not None
+        card = self.catalog.card(job.order.engine)
+        online = self._asks_hub(card, job.order.weights)
+        return RunJob(job.id, job.order, job.folder, online, self._history(job.order).working)
+
+    def _history(self, order: Order) -> _History:
+        """What earlier takes with the same engine, weights and device tell about an order."""
         card, options = self._parse(order)
         checkpoint = card.checkpoint(order.request, options)
         kind = self.weights_plan(card, checkpoint, order.weights).kind
+        kind = "hub" if kind == "download" else kind
         pulse = self._worker.pulse
         device = pulse.device_name if pulse and card.has_weights else "cpu"
-        pace = self.takes.pace(card.id, checkpoint.repository, device, "hub" if kind == "download" else kind)
-        if pace is None:
+        like = (card.id, checkpoint.repository, device, kind)
+        units = card.units(order.request)
+        working = working_memory(self.takes.peaks(*like), units) if card.has_weights else None
+        return _History(card, checkpoint, kind, units, self.takes.pace(*like), working)
+
+    def _expect(self, order: Order) -> float | None:
+        """Seconds this order will take, from earlier takes like it; None where there are none."""
+        past = self._history(order)
+        if past.pace is None:
             return None
-        loading = 0.0 if pulse and card.id in pulse.loaded else pace.load_seconds
-        return loading + pace.seconds_per_character * len(order.request.text)
+        pulse = self._worker.pulse
+        loading = 0.0 if pulse and past.card.id in pulse.loaded else past.pace.load_seconds
+        return loading + past.pace.seconds_per_unit * past.units
+
+    def forecast(self, order: Order) -> Forecast:
+        """What this order will need: memory, whose room it takes, download and time, as far as known.
+
+        Raises:
+            BadInput, WeightsError: as `check`.
+        """
+        past = self._history(order)
+        card, pulse = past.card, self._worker.pulse
+        source = self.weights_plan(card, past.checkpoint, order.weights)
+        told = Forecast(
+            card.name,
+            seconds=self._expect(order),
+            download_bytes=self.hub.size(past.checkpoint) if source.kind == "download" else None,
+        )
+        if not card.has_weights or pulse is None or not pulse.ready:
+            return told
+        told = replace(told, free_bytes=pulse.device_free, loaded=card.id in pulse.loaded)
+        if told.loaded:
+            return told
+        components = shipped(self.catalog.folder(card.id)).get(past.checkpoint.repository)
+        if (
+            past.kind != "hub" or components is None
+        ):  # a miniature or a folder: what it took before, if it ran
+            need, words = past.pace.planned_bytes if past.pace else None, ""
+        else:
+            working = past.working or working_bytes(card, components, past.units)
+            try:
+                rung = plan(Demand(card, components, working), _room(pulse), order.forced)
+            except DoesNotFit as error:
+                return replace(told, refusal=str(error))
+            need, words = rung.device_bytes or rung.ram_bytes, in_words(rung.placement, components)
+        return replace(told, device_bytes=need, words=words, unloads=self._crowded_out(need or 0, pulse))
+
+    def forecast_line(self, orders: Sequence[Order]) -> str:
+        """What one press with these orders will cost, in a sentence; "" where nothing is known of it."""
+        try:
+            return in_a_sentence([self.forecast(order) for order in orders])
+        except SoundstageError:
+            return ""  # the press itself says what is wrong
+
+    def _crowded_out(self, need: int, pulse: Pulse) -> tuple[str, ...]:
+        """Names of the engines that have to make room, the longest idle first."""
+        free, gone = pulse.device_free, []
+        for held in sorted(pulse.held, key=lambda held: -held.idle_seconds):
+            if free >= need:
+                break
+            if held.state == "loaded":
+                free += held.device_bytes
+                gone.append(self.catalog.card(held.engine).name)
+        return tuple(gone)
 
     # Takes
 

@@ -138,6 +138,7 @@ class Host:
         self._stopping = threading.Lock()
         self._turn = threading.Lock()
         self._warm = False
+        self._worked: set[str] = set()  # engines that have made something in this process
         self.memory = Memory(settings, self._catalog, tell)
         self.residency = self.memory.residency
 
@@ -219,7 +220,7 @@ class Host:
         device = self.memory.device if card.has_weights else None
         found = self._find(card, checkpoint, order.weights, job.online, run)
         check(card, order.request, options, found.folder)
-        meter = Meter(device)
+        meter = Meter(device, warm=card.id in self._worked)
         work = self._work(
             Wanted(card, found, card.units(order.request), job.working, order.forced), job, run, meter
         )
@@ -227,6 +228,7 @@ class Host:
         if not result.seconds:
             raise SoundstageError(f"{card.name} gave no sound for this text; try another seed or text.")
         memory = meter.read()
+        self._worked.add(card.id)
         run.finishing()
         media = save(result, job.folder)
         measurements: dict[str, float | int | None] = {
@@ -237,6 +239,7 @@ class Host:
             "real_time_factor": round((work.ended - work.started) / result.seconds, 4),
             "finish_seconds": round(time.perf_counter() - work.ended, 4),
             "units": card.units(order.request),
+            "planned_bytes": work.loan.planned,
             **memory,
         }
         origin = {
@@ -325,10 +328,15 @@ class Work:
 
 
 class Meter:
-    """Memory of one job, in bytes: before, at the peak, after; and what it took beside the weights."""
+    """Memory of one job, in bytes: before, at the peak, after; and what it took beside the weights.
 
-    def __init__(self, device: Device | None) -> None:
+    Args:
+        warm: this process has run the engine before. In its first job host memory also grows by libraries.
+    """
+
+    def __init__(self, device: Device | None, *, warm: bool) -> None:
         self._device = device
+        self._tells_working = device is not None and (warm or device.name != "cpu")
         self._ram_before = ram_used()
         self._device_before = device.used() if device else None
         self._load_peaks: tuple[int | None, int | None] = (None, None)
@@ -350,7 +358,7 @@ class Meter:
             "device_before_bytes": self._device_before,
             "device_peak_bytes": _most(most, self._load_peaks[1]) if device else None,
             "device_after_bytes": device.used() if device else None,
-            "working_bytes": max(0, most - self._loaded) if device and most is not None else None,
+            "working_bytes": max(0, most - self._loaded) if self._tells_working and most else None,
         }
 
     def _reset(self) -> None:

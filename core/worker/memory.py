@@ -43,6 +43,7 @@ class Loan:
     engine: Engine
     placement: Placement
     words: str  # where its components are, for people
+    planned: int  # bytes on its device
 
 
 class RanOut(Exception):
@@ -96,7 +97,7 @@ class Memory:
         key = Key(card.id, found.folder, found.commit, where)
         words = placement.in_words(where, size)
         with self.residency.lease(key, need, lambda: self._load(card, key), words) as resident:
-            yield Loan(resident.engine, where, words)
+            yield Loan(resident.engine, where, words, need)
 
     def free(self) -> int:
         """Bytes that can still be taken on the device, within the budget."""

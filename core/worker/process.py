@@ -11,12 +11,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Literal, Protocol
 
 from core.events import Event, Failed, Finished, Stopped
 from core.logs import new_log
-from core.requests import Order
 from core.settings import Settings
 from core.worker.messages import (
     FromWorker,
@@ -30,7 +28,7 @@ from core.worker.messages import (
     Unload,
 )
 
-__all__ = ["InlineWorker", "Listener", "Pulse", "Released", "State", "Worker", "WorkerProcess"]
+__all__ = ["InlineWorker", "Listener", "Pulse", "Released", "RunJob", "State", "Worker", "WorkerProcess"]
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +50,7 @@ class Worker(Protocol):
     @property
     def leak(self) -> Released | None: ...
     def start(self, listener: Listener) -> None: ...
-    def run(self, job: str, order: Order, folder: Path, online: bool) -> None: ...
+    def run(self, message: RunJob) -> None: ...
     def stop(self, job: str) -> None: ...
     def unload(self, engine: str = "") -> None: ...
     def close(self) -> None: ...
@@ -105,11 +103,11 @@ class WorkerProcess:
     def pid(self) -> int | None:
         return self._process.pid
 
-    def run(self, job: str, order: Order, folder: Path, online: bool) -> None:
+    def run(self, message: RunJob) -> None:
         """Begin a job; its events come to the listener. Only one may run at a time."""
         with self._lock:
             assert self._current is None, "the worker runs one job at a time"
-            current = _Current(RunJob(job, order, folder, online), time.monotonic())
+            current = _Current(message, time.monotonic())
             self._send(current.message)
             self._current = current
             if self.state == "ready":
@@ -340,12 +338,10 @@ class InlineWorker:
     def pulse(self) -> Pulse | None:
         return self._host.pulse()
 
-    def run(self, job: str, order: Order, folder: Path, online: bool) -> None:
+    def run(self, message: RunJob) -> None:
         self.state = "busy"
-        self._job = job
-        self._thread = threading.Thread(
-            target=self._host.run, args=(RunJob(job, order, folder, online),), daemon=True
-        )
+        self._job = message.job
+        self._thread = threading.Thread(target=self._host.run, args=(message,), daemon=True)
         self._thread.start()
 
     def stop(self, job: str) -> None:

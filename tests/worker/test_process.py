@@ -21,7 +21,7 @@ from core.events import Failed, Finished, Step, Stopped
 from core.logs import KEPT, new_log
 from core.requests import Order, SpeechRequest
 from core.settings import Settings
-from core.worker.process import WorkerProcess
+from core.worker.process import RunJob, WorkerProcess
 
 PATIENCE = 200  # seconds to wait for an event; importing torch on a busy machine takes a while
 
@@ -46,7 +46,7 @@ class Bench:
             seed=seed,
             weights="miniature",
         )
-        self.worker.run(job, order, folder, online=False)
+        self.worker.run(RunJob(job, order, folder, online=False))
 
     def until(self, *kinds: type, job: str = "job"):
         while True:
@@ -318,7 +318,7 @@ def test_the_worker_ends_with_its_page(settings, tmp_path):
         """
         import os, sys
         from core.settings import Settings
-        from core.worker.process import WorkerProcess
+        from core.worker.process import RunJob, WorkerProcess
         if __name__ == "__main__":
             worker = WorkerProcess(Settings(device="cpu"))
             worker.start(lambda job, event: None)
