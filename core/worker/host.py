@@ -138,7 +138,6 @@ class Host:
         self._stopping = threading.Lock()
         self._turn = threading.Lock()
         self._warm = False
-        self._worked: set[str] = set()  # engines that have made something in this process
         self.memory = Memory(settings, self._catalog, tell)
         self.residency = self.memory.residency
 
@@ -207,6 +206,7 @@ class Host:
             if broken:
                 # Whatever state the engine is in now, its next job starts from a fresh one.
                 self.residency.release_all(job.order.engine)
+        self._tell(self.pulse())  # first: the queue asks at once which engines are loaded now
         self._tell(JobEvent(job.job, last))
 
     def _carry_out(self, job: RunJob, run: JobRun) -> Finished:
@@ -220,7 +220,7 @@ class Host:
         device = self.memory.device if card.has_weights else None
         found = self._find(card, checkpoint, order.weights, job.online, run)
         check(card, order.request, options, found.folder)
-        meter = Meter(device, warm=card.id in self._worked)
+        meter = Meter(device)
         work = self._work(
             Wanted(card, found, card.units(order.request), job.working, order.forced), job, run, meter
         )
@@ -228,7 +228,6 @@ class Host:
         if not result.seconds:
             raise SoundstageError(f"{card.name} gave no sound for this text; try another seed or text.")
         memory = meter.read()
-        self._worked.add(card.id)
         run.finishing()
         media = save(result, job.folder)
         measurements: dict[str, float | int | None] = {
@@ -330,13 +329,12 @@ class Work:
 class Meter:
     """Memory of one job, in bytes: before, at the peak, after; and what it took beside the weights.
 
-    Args:
-        warm: this process has run the engine before. In its first job host memory also grows by libraries.
+    The last is known only of a device that counts its tensors. Host memory also grows by libraries, by pages
+    of mapped files and by what allocators keep.
     """
 
-    def __init__(self, device: Device | None, *, warm: bool) -> None:
+    def __init__(self, device: Device | None) -> None:
         self._device = device
-        self._tells_working = device is not None and (warm or device.name != "cpu")
         self._ram_before = ram_used()
         self._device_before = device.used() if device else None
         self._load_peaks: tuple[int | None, int | None] = (None, None)
@@ -358,7 +356,9 @@ class Meter:
             "device_before_bytes": self._device_before,
             "device_peak_bytes": _most(most, self._load_peaks[1]) if device else None,
             "device_after_bytes": device.used() if device else None,
-            "working_bytes": max(0, most - self._loaded) if self._tells_working and most else None,
+            "working_bytes": max(0, most - self._loaded)
+            if most and device and device.name != "cpu"
+            else None,
         }
 
     def _reset(self) -> None:
@@ -415,7 +415,7 @@ def main(pipe: Connection, settings: Settings, log: Path) -> None:
             host.run(message)
         elif isinstance(message, Unload):
             host.unload(message.engine)
-        tell(host.pulse())
+            tell(host.pulse())
     host.unload()
 
 
