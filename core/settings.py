@@ -68,7 +68,9 @@ class Settings(BaseSettings):
     ram_budget: Annotated[int | None, BeforeValidator(parse_bytes)] = Field(
         None, description="host memory for parked and offloaded models; unset: 60 % of the machine's"
     )
-    idle_timeout: float = Field(600.0, gt=0, description="seconds after which an idle model leaves the device")
+    idle_timeout: float = Field(
+        600.0, gt=0, description="seconds after which an idle model leaves the device"
+    )
     park_timeout: float = Field(3600.0, gt=0, description="further seconds until it leaves host memory too")
     threads: int = Field(0, ge=0, description="CPU threads of a model; 0: one less than the cores")
     tabs: Names = Field((), description="tabs to show; empty: all")

@@ -465,8 +465,8 @@ class Studio:
         leak = self._worker.leak
         if leak is None:
             return ""
-        what = size(leak.device_bytes_left) if leak.device_bytes_left else f"{leak.alive} parameters"
-        mended = "" if self.settings.inline else "; the worker was restarted, which gave it back"
+        what = size(leak.device_bytes_left) if leak.device_bytes_left else f"{leak.alive} of its tensors"
+        mended = "" if self.settings.inline else "; the worker was restarted to give that back"
         return f"{self.catalog.card(leak.engine).name} left {what} behind when it was unloaded{mended}."
 
     # The server

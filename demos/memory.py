@@ -38,8 +38,8 @@ class MemorySheet:
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
-        now = studio.status()
-        self.pane = sheet_button(face(now), sheet(now), "memory", elem_classes="memory")
+        starting = render("memory_face", words="…")  # what is in memory is known once the page asks
+        self.pane = sheet_button(starting, "", "memory", elem_classes="memory", elem_id="memory-chip")
         act_on([self.pane], self._unload, None, self.pane)
 
     def view(self, now: Status) -> gr.HTML:
