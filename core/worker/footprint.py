@@ -1,7 +1,11 @@
-"""How large an engine's components are: counted on the meta device from configs alone, kept as data."""
+"""How large an engine's components are: counted on the meta device from configs alone, kept as data.
+
+`python -m core.worker.footprint` counts them anew and writes `footprints.json` into the engines' folders.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import asdict, dataclass
@@ -9,10 +13,14 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from core.card import Card
+from core.catalog import Catalog
+
 if TYPE_CHECKING:
     import torch
 
 FILE = "footprints.json"  # in an engine's folder: repository -> its components
+CONFIGS = "configs"  # there, too: the configs of its checkpoints, by the last part of the repository
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -70,16 +78,17 @@ def _measure(name: str, module: torch.nn.Module, whole: bool) -> Component:
 
     tensors = list(_tensors(module))
     linear = {id(layer.weight) for layer in module.modules() if isinstance(layer, torch.nn.Linear)}
-    leaves = [_floats(m.parameters(recurse=False)) for m in module.modules()]
-    blocks = [_floats(block.parameters()) for block in blocks_of(module)]
+    leaves = [_floats(_tensors(m, recurse=isinstance(m, leaf_classes()))) for m in module.modules()]
+    blocks = [list(_tensors(block)) for block in blocks_of(module)]
     floats = _floats(tensors)
-    largest = max(blocks, default=floats)
+    loose = floats - _floats({id(t): t for block in blocks for t in block}.values())
+    largest = max(map(_floats, blocks), default=floats)
     return Component(
         name=name,
         floats=floats,
         fixed=sum(t.numel() * t.element_size() for t in tensors if not t.is_floating_point()),
         linear=sum(t.numel() for t in tensors if id(t) in linear),
-        block=min(floats, floats - sum(blocks) + 2 * largest) if blocks else floats,
+        block=min(floats, loose + 2 * largest) if blocks else floats,
         leaf=min(floats, 2 * max(leaves, default=0)),
         largest=largest,
         whole=whole,
@@ -87,19 +96,36 @@ def _measure(name: str, module: torch.nn.Module, whole: bool) -> Component:
 
 
 def blocks_of(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """The members of its lists of layers, not looking inside one: what diffusers streams as blocks."""
+    """The members of its lists of layers, also of lists in lists, not looking inside a member."""
     import torch
+    from torch.nn.utils.parametrize import ParametrizationList
+
+    def is_list(module: torch.nn.Module) -> bool:
+        lists = torch.nn.ModuleList | torch.nn.Sequential
+        return isinstance(module, lists) and not isinstance(module, ParametrizationList)
 
     found: list[torch.nn.Module] = []
     for child in module.children():
-        is_list = isinstance(child, torch.nn.ModuleList | torch.nn.Sequential)
-        found += list(child) if is_list else blocks_of(child)
+        found += [child] if is_list(module) and not is_list(child) else blocks_of(child)
     return found
 
 
-def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    yield from module.parameters()
-    yield from {id(b): b for b in module.buffers()}.values()
+def leaf_classes() -> tuple[type[torch.nn.Module], ...]:
+    """Layers that are streamed with all they hold: weight and bias, also where both are parametrized.
+
+    As diffusers has them (`hooks/_common.py`); of any other module the tensors of its own are a piece.
+    """
+    from torch import nn
+
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    return (*convolutions, *transposed, nn.Linear, nn.Embedding)
+
+
+def _tensors(module: torch.nn.Module, *, recurse: bool = True) -> Iterator[torch.Tensor]:
+    """Parameters and buffers, each once."""
+    yield from module.parameters(recurse)
+    yield from {id(b): b for b in module.buffers(recurse)}.values()
 
 
 def _floats(tensors: Iterable[torch.Tensor]) -> int:
@@ -122,3 +148,36 @@ def as_json(footprints: Mapping[str, Footprint]) -> str:
     """What `shipped` reads."""
     plain = {name: [asdict(c) for c in f.components] for name, f in footprints.items()}
     return json.dumps(plain, indent=1) + "\n"
+
+
+def counted(card: Card, package: str) -> dict[str, Footprint]:
+    """Footprints by repository, from the configs in an engine's folder.
+
+    A checkpoint without configs there is counted from its own, once it is on this machine.
+    """
+    from core.engines.quirks import mend_torchaudio
+
+    mend_torchaudio()
+    engine = importlib.import_module(f"{package}.engine").ENGINE
+    folders = {c.repository: folder_of(package) / CONFIGS / c.folder for c in card.checkpoints}
+    return {
+        repository: measure(engine.skeleton(folder), card.whole)
+        for repository, folder in folders.items()
+        if folder.is_dir()
+    }
+
+
+def folder_of(package: str) -> Path:
+    return Path(importlib.import_module(package).__path__[0])
+
+
+def _write_all() -> None:
+    catalog = Catalog()
+    for card in catalog.cards():
+        package = catalog.package(card.id)
+        if card.has_weights:
+            (folder_of(package) / FILE).write_text(as_json(counted(card, package)), "utf-8")
+
+
+if __name__ == "__main__":
+    _write_all()

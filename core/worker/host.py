@@ -36,6 +36,7 @@ from core.settings import Settings
 from core.worker.devices import Device, ram_available, ram_peak, ram_total, ram_used, reset_ram_peak
 from core.worker.memory import Loan, Memory, RanOut, Wanted, in_short, is_out_of_memory
 from core.worker.messages import (
+    Budget,
     FromWorker,
     JobEvent,
     Pulse,
@@ -48,6 +49,7 @@ from core.worker.messages import (
 from core.worker.outputs import save
 
 PULSE_SECONDS = 2.0
+TICK_SECONDS = 5.0  # without a message, after which idle engines are looked at
 EVENTS_PER_SECOND = 10.0  # of steps; an eye sees no more
 LIBRARIES = ("torch", "transformers", "coqui-tts", "f5-tts")  # whose versions go into a take
 
@@ -157,10 +159,23 @@ class Host:
             else:
                 self._stopped_early.add(job)
 
-    def unload(self, engine: str = "") -> None:
-        """Release one engine, or all."""
+    def unload(self, engine: str = "", park: bool = False) -> None:
+        """Release one engine, or all; with `park` its weights wait in host memory, where there is room."""
         with self._turn:
-            self.residency.release_all(engine)
+            if park:
+                self.memory.leave_device(engine)
+            else:
+                self.residency.release_all(engine)
+
+    def set_budget(self, memory: int | None) -> None:
+        """Change the memory budget; what no longer fits goes now."""
+        with self._turn:
+            self.memory.set_budget(memory)
+
+    def tick(self) -> None:
+        """Give back what was not used for long."""
+        with self._turn:
+            self.memory.age()
 
     def pulse(self) -> Pulse:
         device = self.memory.known_device
@@ -169,7 +184,7 @@ class Host:
             device=device.title if device else "CPU",
             device_name=device.name if device else "cpu",
             device_used=device.used() if device else ram,
-            device_total=self._settings.memory_budget or (device.total() if device else ram_total()),
+            device_total=self.memory.budget or (device.total() if device else ram_total()),
             ram_used=ram,
             ram_total=ram_total(),
             loaded=self.residency.loaded,
@@ -177,6 +192,9 @@ class Host:
             device_free=self.memory.free(),
             ram_free=ram_available(),
             ready=self._warm,
+            parked=self.residency.parked,
+            ram_held=self.residency.held.ram,
+            ram_budget=self.memory.ram_budget,
         )
 
     def run(self, job: RunJob) -> None:
@@ -408,15 +426,29 @@ def main(pipe: Connection, settings: Settings, log: Path) -> None:
     threading.Thread(target=_beat, args=(host, tell), daemon=True).start()
     host.warm_up()  # while the visitor still types
     tell(host.pulse())
-    while not isinstance(message := todo.get(), Quit):
-        if isinstance(message, RunJob):
-            # A crash shows the end of the log to this job's visitor, who is not to read of others' jobs.
-            os.ftruncate(1, 0)
-            host.run(message)
-        elif isinstance(message, Unload):
-            host.unload(message.engine)
-            tell(host.pulse())
+    while not isinstance(message := _next(todo), Quit):
+        match message:
+            case RunJob():
+                # A crash shows the end of the log to this job's visitor, who is not to read of others' jobs.
+                os.ftruncate(1, 0)
+                host.run(message)
+            case Unload(engine, park):
+                host.unload(engine, park)
+                tell(host.pulse())
+            case Budget(memory):
+                host.set_budget(memory)
+                tell(host.pulse())
+            case None:
+                host.tick()  # the next beat tells of it
     host.unload()
+
+
+def _next(todo: queue.SimpleQueue[ToWorker]) -> ToWorker | None:
+    """The next message; None where there was none for a while."""
+    try:
+        return todo.get(timeout=TICK_SECONDS)
+    except queue.Empty:
+        return None
 
 
 def _write_output_to(log: Path) -> None:

@@ -7,7 +7,8 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -17,6 +18,7 @@ from core.events import Event, Failed, Finished, Stopped
 from core.logs import new_log
 from core.settings import Settings
 from core.worker.messages import (
+    Budget,
     FromWorker,
     JobEvent,
     Pulse,
@@ -37,6 +39,7 @@ Listener = Callable[[str, Event], None]  # (job, event)
 _TICK = 0.1  # seconds between looks at the deadlines
 _SENDS = 2  # times a job is handed to a new process because the last one died before it began
 _LONGEST_BACKOFF = 10.0  # seconds
+_RELEASES = 50  # remembered, to be shown
 _LOG_TAIL = 12_000  # bytes of its output that go into a failure's detail; a crash lists modules at length
 
 
@@ -48,11 +51,12 @@ class Worker(Protocol):
     @property
     def pulse(self) -> Pulse | None: ...
     @property
-    def leak(self) -> Released | None: ...
+    def releases(self) -> Sequence[Released]: ...  # the latest, oldest first
     def start(self, listener: Listener) -> None: ...
     def run(self, message: RunJob) -> None: ...
     def stop(self, job: str) -> None: ...
-    def unload(self, engine: str = "") -> None: ...
+    def unload(self, engine: str = "", park: bool = False) -> None: ...
+    def set_budget(self, memory: int | None) -> None: ...
     def close(self) -> None: ...
 
 
@@ -88,7 +92,7 @@ class WorkerProcess:
         self._closing = False
         self.state: State = "starting"
         self.pulse: Pulse | None = None
-        self.leak: Released | None = None  # the last release that left something behind
+        self.releases: deque[Released] = deque(maxlen=_RELEASES)
         self.restarts = 0
 
     def start(self, listener: Listener) -> None:
@@ -127,9 +131,16 @@ class WorkerProcess:
         # The process is still starting: it drops the job when it gets there, and nobody waits for that.
         self._listener(job, Stopped())
 
-    def unload(self, engine: str = "") -> None:
+    def unload(self, engine: str = "", park: bool = False) -> None:
+        """Let one engine go, or all; with `park` it keeps its weights in host memory, where there is room."""
         with self._lock:
-            self._send(Unload(engine))
+            self._send(Unload(engine, park))
+
+    def set_budget(self, memory: int | None) -> None:
+        """Change the memory budget, for this process and for those that may replace it."""
+        with self._lock:
+            self._settings = self._settings.model_copy(update={"memory_budget": memory})
+            self._send(Budget(memory))
 
     def close(self) -> None:
         """End the process: politely, then not."""
@@ -210,8 +221,8 @@ class WorkerProcess:
                             self._current.heard = self._beat  # the job's own time begins now
         elif isinstance(message, Released):
             with self._lock:
-                if not message.clean:
-                    self._leaky, self.leak = True, message
+                self.releases.append(message)
+                self._leaky = self._leaky or not message.clean
                 self._end_leaky()
         elif isinstance(message, JobEvent):
             self._hear_event(message.job, message.event)
@@ -319,7 +330,7 @@ class InlineWorker:
         self._job = ""
         self._thread: threading.Thread | None = None
         self.state: State = "ready"
-        self.leak: Released | None = None
+        self.releases: deque[Released] = deque(maxlen=_RELEASES)
 
     def start(self, listener: Listener) -> None:
         from core.worker.host import Host
@@ -329,8 +340,8 @@ class InlineWorker:
                 if isinstance(message.event, Finished | Failed | Stopped):
                     self.state = "ready"
                 listener(message.job, message.event)
-            elif isinstance(message, Released) and not message.clean:
-                self.leak = message
+            elif isinstance(message, Released):
+                self.releases.append(message)
 
         self._host = Host(self._settings, hear)
 
@@ -347,8 +358,11 @@ class InlineWorker:
     def stop(self, job: str) -> None:
         self._host.stop(job)
 
-    def unload(self, engine: str = "") -> None:
-        self._host.unload(engine)
+    def unload(self, engine: str = "", park: bool = False) -> None:
+        self._host.unload(engine, park)
+
+    def set_budget(self, memory: int | None) -> None:
+        self._host.set_budget(memory)
 
     def close(self) -> None:
         """Stop the job in progress. One that does not heed it within the grace is left to end by itself."""
