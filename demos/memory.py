@@ -87,6 +87,7 @@ def sheet(now: Status) -> str:
                 "held": held,
                 "device": _size(held.device_bytes + (held.ram_bytes if now.one_memory else 0)),
                 "ram": _size(held.ram_bytes),
+                "where": "in RAM, until it is needed" if held.state == "parked" else held.words,
                 "idle": "" if held.state == "in use" else figures.seconds(round(held.idle_seconds)),
             }
             for held in now.held
