@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
 import typer
 from pydantic import ValidationError
 
-from core.card import Ability
+from core.card import Ability, Strategy
 from core.catalog import Catalog
 from core.errors import BadInput, SoundstageError
 from core.logs import new_log
@@ -40,12 +40,19 @@ class WeightsChoice(StrEnum):
     MINIATURE = "miniature"
 
 
+PlacementChoice = Literal["auto", Strategy]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Accept = Annotated[
     str,
     typer.Option(
         "--accept-licence", metavar="ENGINES", help="Accept the licence of these engines' weights, for good."
     ),
+]
+MemoryBudget = Annotated[
+    str, typer.Option(metavar="BYTES", help="Plan as if the device's memory were this big: 2GiB.")
+]
+RamBudget = Annotated[
+    str, typer.Option(metavar="BYTES", help="Host memory for parked and offloaded models; 60 % of it.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
 
@@ -74,16 +81,19 @@ def serve(
         str, typer.Option(metavar="USER:PASS", help="Ask visitors for this name and password.")
     ] = "",
     weights: Annotated[WeightsChoice | None, typer.Option(help="Which weights to use; auto.")] = None,
-    memory_budget: Annotated[
-        str, typer.Option(metavar="BYTES", help="Plan as if memory were this big: 2GiB.")
-    ] = "",
+    memory_budget: MemoryBudget = "",
+    ram_budget: RamBudget = "",
     tabs: Annotated[str, typer.Option(metavar="NAMES", help="Only these tabs: speech,...")] = "",
     accept_licence: Accept = "",
     debug: Debug = False,
 ) -> None:
     """Serve the page (the default)."""
     settings = _settings(
-        weights=weights, memory_budget=memory_budget, tabs=tabs, accept_licences=accept_licence
+        weights=weights,
+        memory_budget=memory_budget,
+        ram_budget=ram_budget,
+        tabs=tabs,
+        accept_licences=accept_licence,
     )
     user, colon, password = auth.partition(":")
     if auth and not (user and colon and password):
@@ -195,9 +205,11 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed; drawn at random unless given.")] = None,
     weights: Annotated[str, typer.Option(help="auto, hub, miniature, or a checkpoint folder.")] = "",
-    memory_budget: Annotated[
-        str, typer.Option(metavar="BYTES", help="Plan as if memory were this big: 2GiB.")
-    ] = "",
+    placement: Annotated[
+        PlacementChoice, typer.Option(help="How to fit it into memory; auto takes the fastest that fits.")
+    ] = "auto",
+    memory_budget: MemoryBudget = "",
+    ram_budget: RamBudget = "",
     accept_licence: Accept = "",
     as_json: Json = False,
     debug: Debug = False,
@@ -208,7 +220,11 @@ def generate(
     from core.studio import Studio
 
     settings = _settings(
-        weights=weights, memory_budget=memory_budget, accept_licences=accept_licence, inline=True
+        weights=weights,
+        memory_budget=memory_budget,
+        ram_budget=ram_budget,
+        accept_licences=accept_licence,
+        inline=True,
     )
     if out.suffix.lower() not in WRITTEN_SUFFIXES:
         raise BadInput(f"--out is {out.name!r}; its name should end in {', '.join(WRITTEN_SUFFIXES)}.")
@@ -227,6 +243,7 @@ def generate(
         options=dict(map(_key_value, option or [])),
         seed=secrets.randbelow(SEED_MAX) if seed is None else seed,
         weights=settings.weights,
+        forced=None if placement == "auto" else placement,
     )
     with _quiet_libraries(new_log(settings.home, "generate")) as terminal:
         studio = Studio(settings)
@@ -315,8 +332,17 @@ def takes(
 
 
 @cli.command()
-def doctor(as_json: Json = False, debug: Debug = False) -> None:
+def doctor(
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Run every engine once, and show what it held and gave back.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Check versions, device, disk, hub and licences, and say how to mend what is wrong."""
+    if memory:
+        _memory_round(as_json)
+        return
     from core.doctor import examine
 
     findings = list(examine(_settings()))
@@ -330,6 +356,41 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
                 print(f"      {finding.mend}")
     if any(finding.ok is False for finding in findings):
         raise typer.Exit(1)
+
+
+def _memory_round(as_json: bool) -> None:
+    from core.memory_round import visit_all
+    from core.studio import Studio
+
+    voices = Path(__file__).with_name("assets") / "voices"
+    example = json.loads((voices / "voices.json").read_text("utf-8"))[0]
+    visits = []
+    with closing(Studio(_settings())) as studio:
+        for visit in visit_all(studio, voices / example["file"], example["text"]):
+            print(f"{visit.engine}: {visit.fault or 'done'}", file=sys.stderr)
+            visits.append(visit)
+        device = studio.status().device
+    if as_json:
+        _print_json([vars(visit) for visit in visits])
+    else:
+        _show_visits(visits, device)
+    if not all(visit.clean for visit in visits):
+        raise typer.Exit(1)
+
+
+def _show_visits(visits: list[Any], device: str) -> None:
+    columns = ["planned", "ram_before", "ram_peak", "ram_after_release"]
+    if device != "CPU":  # whose memory is the RAM
+        columns[1:1] = ["before", "peak", "after_release"]
+    rows = []
+    for visit in visits:
+        sizes = (getattr(visit, column) for column in columns)
+        told = ("–" if size is None else f"{size / 2**20:,.1f}" for size in sizes)
+        alive = "–" if visit.alive is None else str(visit.alive)
+        rows.append((visit.engine, visit.weights, visit.placement, *told, alive))
+    print(f"Memory in MiB, on {device}; alive counts the parameters left after the release:")
+    names = (column.replace("_", " ").replace("ram", "RAM") for column in columns)
+    _table(("engine", "weights", "placement", *names, "alive"), rows)
 
 
 def _print_json(value: Any) -> None:

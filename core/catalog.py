@@ -71,6 +71,10 @@ class Catalog:
         self.card(engine)
         return self._packages[engine]
 
+    def folder(self, engine: str) -> Path:
+        """Where an engine's files are."""
+        return Path(importlib.import_module(self.package(engine)).__path__[0])
+
 
 def as_markdown(cards: list[Card]) -> str:
     """The README's table of engines."""

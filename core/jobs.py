@@ -18,7 +18,7 @@ from core.errors import BadInput, SoundstageError
 from core.events import Chunk, Done, Event, Failed, Finished, Loading, Queued, Step, Stopped
 from core.requests import Order
 from core.takes import Take
-from core.worker.process import Worker
+from core.worker.process import RunJob, Worker
 
 log = logging.getLogger(__name__)
 
@@ -119,11 +119,14 @@ class Jobs:
 
     Args:
         worker: runs the jobs, one at a time.
-        online: whether the hub answers, for an order that wants to know.
+        message: what the worker is told of a job whose turn it is.
         expect: seconds an order will take, as far as earlier takes tell; None where they do not.
+        crowds_out: whether an order needs the room of an engine that is loaded.
         new_folder: makes a job's private folder.
         keep: makes a take of a finished job.
         patience: times a job may be passed over for a loaded engine.
+        turn_seconds: how long the engine of a visitor who was just served stays for their next job, before
+            that of another visitor crowds it out.
         limit: waiting jobs one visitor may have.
     """
 
@@ -131,24 +134,30 @@ class Jobs:
         self,
         worker: Worker,
         *,
-        online: Callable[[Order], bool],
+        message: Callable[[Job], RunJob],
         expect: Callable[[Order], float | None],
         new_folder: Callable[[str], Path],
         keep: Callable[[Job, Finished], Take],
+        crowds_out: Callable[[Order], bool] = lambda order: False,
         patience: int,
+        turn_seconds: float = 0.0,
         limit: int,
     ) -> None:
         self._worker = worker
-        self._online = online
+        self._message = message
         self._expect = expect
+        self._crowds_out = crowds_out
         self._new_folder = new_folder
         self._keep = keep
         self._patience = patience
+        self._turn_seconds = turn_seconds
         self._limit = limit
         self._lock = threading.RLock()
         self._jobs: dict[str, Job] = {}  # by arrival
         self._waiting: list[Job] = []
         self._running: Job | None = None
+        self._served: Job | None = None  # the last one that ran
+        self._held: threading.Timer | None = None  # until its turn is over
         self._turns: dict[str, int] = {}
         self._turn = itertools.count()
         self._listeners: dict[str, list[Callable[[], object]]] = defaultdict(list)
@@ -211,6 +220,18 @@ class Jobs:
     def waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def idle(self) -> bool:
+        with self._lock:
+            return self._running is None and not self._waiting
+
+    def use_of(self, engine: str) -> Literal["running", "waiting"] | None:
+        """Whether a job runs on this engine, or waits for it."""
+        with self._lock:
+            if self._running and self._running.order.engine == engine:
+                return "running"
+            return "waiting" if any(job.order.engine == engine for job in self._waiting) else None
+
     def listen(self, visitor: str, callback: Callable[[], object]) -> Callable[[], None]:
         """Call `callback`, from any thread, whenever a job of this visitor may look different.
 
@@ -234,6 +255,8 @@ class Jobs:
             pulse = self._worker.pulse
             line = line_up(self._waiting, self._turns)
             job, passed = choose(line, pulse.loaded if pulse else (), self._patience)
+            if self._holds_turn(job):
+                break
             for other in passed:
                 other.passed_over += 1
             self._waiting.remove(job)
@@ -251,16 +274,40 @@ class Jobs:
             job.event = Queued(place, wait)
             wait = None if wait is None or job.expected is None else wait + job.expected
 
+    def _holds_turn(self, job: Job) -> bool:
+        """Whether this job waits a moment, since the visitor served before it may have more for that engine.
+
+        Without it, two visitors who answer each result with their next press would have two large engines
+        change places at every job.
+        """
+        served = self._served
+        if served is None or served.visitor == job.visitor or job.passed_over >= self._patience:
+            return False
+        left = self._turn_seconds - (time.time() - (served.ended or 0.0))
+        if left <= 0 or not self._crowds_out(job.order):
+            return False
+        if self._held is None:
+            self._held = threading.Timer(left, self._end_turn)
+            self._held.daemon = True
+            self._held.start()
+        return True
+
+    def _end_turn(self) -> None:
+        with self._lock:
+            self._held = None
+            self._dispatch()
+        self._tell_everyone()
+
     def _begin(self, job: Job) -> None:
         job.folder = self._new_folder(job.id)
         job.expected = self._foretell(job.order)
-        online = self._online(job.order)
+        message = self._message(job)
         job.started = time.time()
         job.state = "loading"
         job.event = Loading("Starting")
         self._running = job
         try:
-            self._worker.run(job.id, job.order, job.folder, online)
+            self._worker.run(message)
         except BaseException:
             self._running = None
             raise
@@ -283,7 +330,7 @@ class Jobs:
             end = self._finish(job, event) if isinstance(event, Finished) else event
             with self._lock:
                 self._end(job, end)
-                self._running = None
+                self._running, self._served = None, job
                 self._dispatch()
             self._tell_everyone()
             return

@@ -65,6 +65,13 @@ class Settings(BaseSettings):
     memory_budget: Annotated[int | None, BeforeValidator(parse_bytes)] = Field(
         None, description="plan as if the device had this many bytes"
     )
+    ram_budget: Annotated[int | None, BeforeValidator(parse_bytes)] = Field(
+        None, description="host memory for parked and offloaded models; unset: 60 % of the machine's"
+    )
+    idle_timeout: float = Field(
+        600.0, gt=0, description="seconds after which an idle model leaves the device"
+    )
+    park_timeout: float = Field(3600.0, gt=0, description="further seconds until it leaves host memory too")
     threads: int = Field(0, ge=0, description="CPU threads of a model; 0: one less than the cores")
     tabs: Names = Field((), description="tabs to show; empty: all")
     engine_modules: Names = Field((), description="engine packages to add, by module name")
@@ -76,7 +83,15 @@ class Settings(BaseSettings):
     )
     heartbeat_limit: float = Field(60.0, gt=0, description="seconds without a sign of the worker process")
     start_limit: float = Field(300.0, gt=0, description="the same while it starts and imports its libraries")
+    leave_seconds: float = Field(
+        60.0, gt=0, description="seconds after which engines are given back whose tab no open page shows"
+    )
     patience: int = Field(4, ge=0, description="times a job may be passed over for the loaded engine")
+    turn_seconds: float = Field(
+        3.0,
+        ge=0,
+        description="seconds an engine stays for its visitor's next job before another crowds it out",
+    )
     jobs_per_visitor: int = Field(24, ge=1, description="waiting jobs one visitor may have")
 
     @property

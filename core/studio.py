@@ -3,30 +3,56 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import tempfile
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from filelock import FileLock
 
 from core import takes, weights
-from core.card import Ability, Card, Checkpoint, Modality, Options
+from core.card import Ability, Card, Checkpoint, Modality, Options, Strategy
 from core.catalog import Catalog
-from core.errors import BadInput
+from core.errors import BadInput, DoesNotFit, SoundstageError
 from core.events import Finished
+from core.forecast import Forecast, in_a_sentence, working_memory
 from core.jobs import Job, Jobs
 from core.media import room_for
+from core.presence import Presence
 from core.requests import Order, check, parse_options
 from core.settings import Settings
-from core.takes import Take, Takes
-from core.worker.process import InlineWorker, State, Worker, WorkerProcess
+from core.takes import Pace, Take, Takes
+from core.worker.footprint import shipped
+from core.worker.messages import Held
+from core.worker.placement import NAMES, Demand, Room, in_words, plan, size, working_bytes
+from core.worker.process import InlineWorker, Pulse, Released, RunJob, State, Worker, WorkerProcess
+
+log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 2.0  # a watcher wakes at least this often
 SETTLE_SECONDS = 0.15  # events that come together wake a watcher once
+TIDY_SECONDS = 1.0  # how often the studio looks for engines whose tab everyone left
+ASK_AGAIN_SECONDS = 30.0  # an engine that was asked to go and is still there may be asked again
+
+
+@dataclass(frozen=True)
+class Holding:
+    """One engine in memory, for the page. Bytes."""
+
+    engine: str
+    name: str
+    state: Literal["in use", "loaded", "parked"]
+    device_bytes: int
+    ram_bytes: int
+    idle_seconds: float
+    words: str  # where its components are
+    kept: str  # why it cannot be unloaded now, in a sentence; empty: it can
 
 
 @dataclass(frozen=True)
@@ -41,6 +67,33 @@ class Status:
     queue: int
     loaded: tuple[str, ...]  # names of engines
     worker: State
+    held: tuple[Holding, ...]  # most recently used first
+    memory_free: int  # on the device, within the budget
+    ram_free: int
+    one_memory: bool  # the device's memory is RAM
+    leak: str  # the last release that left something behind, in a sentence
+
+
+@dataclass(frozen=True)
+class _History:
+    """An order's engine and checkpoint, and what earlier takes with them took."""
+
+    card: Card
+    checkpoint: Checkpoint
+    kind: str  # of weights
+    units: float
+    pace: Pace | None
+    working: int | None  # bytes beside the weights
+
+
+def _room(pulse: Pulse) -> Room:
+    """What could be had if every engine without a job made room."""
+    idle = [held for held in pulse.held if held.state != "in use"]
+    return Room(
+        device=pulse.device_name,
+        device_bytes=pulse.device_free + sum(held.device_bytes for held in idle),
+        ram_bytes=pulse.ram_total - pulse.ram_used + sum(held.ram_bytes for held in idle),
+    )
 
 
 class Studio:
@@ -55,21 +108,30 @@ class Studio:
         self.hub.probe()
         self.takes = Takes(self.settings.takes_folder)
         self.licences = weights.Licences(self.settings.home, self.settings.accept_licences)
+        self._presence = Presence(self.settings.leave_seconds)
+        self._asked_to_go: dict[str, float] = {}  # engine -> when, time.monotonic()
         self._worker: Worker = (
             InlineWorker(self.settings) if self.settings.inline else WorkerProcess(self.settings)
         )
         self._jobs = Jobs(
             self._worker,
-            online=self._online_for,
+            message=self._message,
             new_folder=self.takes.new_folder,
             keep=self._keep,
             expect=self._expect,
+            crowds_out=lambda order: bool(self.forecast(order).unloads),
             patience=self.settings.patience,
+            turn_seconds=self.settings.turn_seconds,
             limit=self.settings.jobs_per_visitor,
         )
+        self._closed = threading.Event()
+        self._tidier = threading.Thread(target=self._tidy, name="tidier", daemon=True)
+        self._tidier.start()
 
     def close(self) -> None:
+        self._closed.set()
         self._worker.close()
+        self._tidier.join(2)
         self.takes.close()
 
     # Engines and weights
@@ -94,9 +156,6 @@ class Studio:
     def _asks_hub(self, card: Card, choice: str) -> bool:
         """Whether the hub answers; not asked, and so not waited for, where it plays no part."""
         return card.has_weights and choice in ("auto", "hub") and self.hub.online()
-
-    def _online_for(self, order: Order) -> bool:
-        return self._asks_hub(self.catalog.card(order.engine), order.weights)
 
     # Jobs
 
@@ -183,18 +242,85 @@ class Studio:
             time.sleep(interval)
         return job
 
-    def _expect(self, order: Order) -> float | None:
-        """Seconds this order will take, from earlier takes like it; None where there are none."""
+    def _message(self, job: Job) -> RunJob:
+        """What the worker is told of a job: it asks neither the hub nor the takes by itself."""
+        assert job.folder is not None
+        card = self.catalog.card(job.order.engine)
+        online = self._asks_hub(card, job.order.weights)
+        return RunJob(job.id, job.order, job.folder, online, self._history(job.order).working)
+
+    def _history(self, order: Order) -> _History:
+        """What earlier takes with the same engine, weights and device tell about an order."""
         card, options = self._parse(order)
         checkpoint = card.checkpoint(order.request, options)
         kind = self.weights_plan(card, checkpoint, order.weights).kind
+        kind = "hub" if kind == "download" else kind
         pulse = self._worker.pulse
         device = pulse.device_name if pulse and card.has_weights else "cpu"
-        pace = self.takes.pace(card.id, checkpoint.repository, device, "hub" if kind == "download" else kind)
-        if pace is None:
+        like = (card.id, checkpoint.repository, device, kind)
+        units = card.units(order.request)
+        working = working_memory(self.takes.peaks(*like), units) if card.has_weights else None
+        return _History(card, checkpoint, kind, units, self.takes.pace(*like), working)
+
+    def _expect(self, order: Order) -> float | None:
+        """Seconds this order will take, from earlier takes like it; None where there are none."""
+        past = self._history(order)
+        if past.pace is None:
             return None
-        loading = 0.0 if pulse and card.id in pulse.loaded else pace.load_seconds
-        return loading + pace.seconds_per_character * len(order.request.text)
+        pulse = self._worker.pulse
+        loading = 0.0 if pulse and past.card.id in pulse.loaded else past.pace.load_seconds
+        return loading + past.pace.seconds_per_unit * past.units
+
+    def forecast(self, order: Order) -> Forecast:
+        """What this order will need: memory, whose room it takes, download and time, as far as known.
+
+        Raises:
+            BadInput, WeightsError: as `check`.
+        """
+        past = self._history(order)
+        card, pulse = past.card, self._worker.pulse
+        source = self.weights_plan(card, past.checkpoint, order.weights)
+        told = Forecast(
+            card.name,
+            seconds=self._expect(order),
+            download_bytes=self.hub.size(past.checkpoint) if source.kind == "download" else None,
+        )
+        if not card.has_weights or pulse is None or not pulse.ready:
+            return told
+        told = replace(told, free_bytes=pulse.device_free, loaded=card.id in pulse.loaded)
+        if told.loaded:
+            return told
+        components = shipped(self.catalog.folder(card.id)).get(past.checkpoint.repository)
+        if (
+            past.kind != "hub" or components is None
+        ):  # a miniature or a folder: what it took before, if it ran
+            need, words = past.pace.planned_bytes if past.pace else None, ""
+        else:
+            working = past.working or working_bytes(card, components, past.units)
+            try:
+                rung = plan(Demand(card, components, working), _room(pulse), order.forced)
+            except DoesNotFit as error:
+                return replace(told, refusal=str(error))
+            need, words = rung.device_bytes or rung.ram_bytes, in_words(rung.placement, components)
+        return replace(told, device_bytes=need, words=words, unloads=self._crowded_out(need or 0, pulse))
+
+    def forecast_line(self, orders: Sequence[Order]) -> str:
+        """What one press with these orders will cost, in a sentence; "" where nothing is known of it."""
+        try:
+            return in_a_sentence([self.forecast(order) for order in orders])
+        except SoundstageError:
+            return ""  # the press itself says what is wrong
+
+    def _crowded_out(self, need: int, pulse: Pulse) -> tuple[str, ...]:
+        """Names of the engines that have to make room, the longest idle first."""
+        free, gone = pulse.device_free, []
+        for held in sorted(pulse.held, key=lambda held: -held.idle_seconds):
+            if free >= need:
+                break
+            if held.state == "loaded":
+                free += held.device_bytes
+                gone.append(self.catalog.card(held.engine).name)
+        return tuple(gone)
 
     # Takes
 
@@ -244,15 +370,120 @@ class Studio:
     def as_csv(self, take_ids: Sequence[str], visitor: str) -> str:
         return takes.as_csv([self.take(i, visitor) for i in take_ids])
 
-    # The server
+    # Memory
 
     def unload(self, engine: str = "") -> None:
-        """Release one engine's memory, or all."""
-        self._worker.unload(engine)
+        """Release one engine's memory, or all; what a job uses or waits for stays."""
+        if engine:
+            wanted = {engine}
+        elif self._jobs.idle:
+            wanted = {""}  # all of them: the last pulse may not know of one yet
+        else:
+            wanted = {held.engine for held in self._held()}
+        for one in wanted:
+            if not self._jobs.use_of(one):
+                self._ask_to_go(one)
+
+    def visit(self, page: str, tab: Modality) -> None:
+        """An open page shows this tab: to be said when it opens or changes tabs, and now and then after."""
+        self._presence.visit(page, tab)
+
+    def leave(self, page: str) -> None:
+        """A page was closed."""
+        self._presence.leave(page)
+
+    def placements(self, engines: Iterable[str]) -> dict[Strategy, str]:
+        """The ways to run that all of these engines allow, with their names for people.
+
+        Engines without weights have no say.
+        """
+        cards = [card for card in map(self.catalog.card, engines) if card.has_weights]
+        common = [s for s in NAMES if cards and all(s in card.strategies for card in cards)]
+        if self._on_cpu:
+            common = [strategy for strategy in common if strategy != "cpu"]  # it is resident there
+        return {strategy: NAMES[strategy] for strategy in common}
+
+    @property
+    def _on_cpu(self) -> bool:
+        pulse = self._worker.pulse
+        return pulse is None or pulse.device_name == "cpu"
+
+    def _tidy(self) -> None:
+        while not self._closed.wait(TIDY_SECONDS):
+            try:
+                self._give_back_what_was_left()
+            except Exception:  # without this thread, nothing would be given back any more
+                log.exception("looking for engines to give back failed")
+
+    def _give_back_what_was_left(self) -> None:
+        """Let engines go that served only tabs which everyone left, and no job since."""
+        left = self._presence.left()
+        for held in self._held() if left else ():
+            unused = held.state == "loaded" and held.idle_seconds >= self.settings.leave_seconds
+            if (
+                unused
+                and self.catalog.card(held.engine).modality in left
+                and not self._jobs.use_of(held.engine)
+                and held.engine not in self._going()
+            ):
+                self._ask_to_go(held.engine)
+
+    def _ask_to_go(self, engine: str) -> None:
+        self._asked_to_go[engine] = time.monotonic()
+        self._worker.unload(engine, park=True)
+
+    def _going(self) -> frozenset[str]:
+        """Engines that were asked to go and are still there: a worker at work first ends its job."""
+        now, busy = time.monotonic(), self._worker.state == "busy"
+        there = {h.engine for h in self._held() if h.state != "parked"}
+        for engine, asked in list(self._asked_to_go.items()):
+            if engine not in there or (now - asked > ASK_AGAIN_SECONDS and not busy):
+                self._asked_to_go.pop(engine, None)
+        return frozenset(self._asked_to_go)
+
+    def _held(self) -> tuple[Held, ...]:
+        pulse = self._worker.pulse
+        return pulse.held if pulse else ()
+
+    def _holding(self, held: Held, going: frozenset[str]) -> Holding:
+        use = "running" if held.state == "in use" else self._jobs.use_of(held.engine)
+        kept = {"running": "A job is using it.", "waiting": "A job waits for it."}.get(use or "", "")
+        if not kept and held.engine in going:
+            kept = "It goes as soon as the job in progress is over."
+        return Holding(
+            engine=held.engine,
+            name=self.catalog.card(held.engine).name,
+            state=held.state,
+            device_bytes=held.device_bytes,
+            ram_bytes=held.ram_bytes,
+            idle_seconds=held.idle_seconds,
+            words=held.words,
+            kept=kept,
+        )
+
+    def _leak(self) -> str:
+        leak = next((released for released in reversed(self.releases) if not released.clean), None)
+        if leak is None:
+            return ""
+        what = size(leak.device_bytes_left) if leak.device_bytes_left else f"{leak.alive} parameters"
+        mended = "" if self.settings.inline else "; the worker was restarted, which gave it back"
+        return f"{self.catalog.card(leak.engine).name} left {what} behind when it was unloaded{mended}."
+
+    # The server
+
+    @property
+    def pulse(self) -> Pulse | None:
+        """The worker's latest sign of life; None before the first."""
+        return self._worker.pulse
+
+    @property
+    def releases(self) -> Sequence[Released]:
+        """What the worker's latest releases gave back, oldest first."""
+        return self._worker.releases
 
     def status(self) -> Status:
         pulse = self._worker.pulse
-        names = {card.id: card.name for card in self.cards()}
+        names, going = {card.id: card.name for card in self.cards()}, self._going()
         return Status(
             device=pulse.device if pulse else "",
             memory_used=pulse.device_used if pulse else 0,
@@ -262,6 +493,11 @@ class Studio:
             queue=self._jobs.waiting,
             loaded=tuple(names.get(e, e) for e in pulse.loaded) if pulse else (),
             worker=self._worker.state,
+            held=tuple(self._holding(held, going) for held in self._held()),
+            memory_free=pulse.device_free if pulse else 0,
+            ram_free=pulse.ram_free if pulse else 0,
+            one_memory=pulse is None or pulse.device_name in ("cpu", "mps"),
+            leak=self._leak(),
         )
 
     def secret(self) -> str:

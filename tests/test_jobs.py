@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from core.errors import BadInput
 from core.events import Failed, Finished, Step, Stopped
 from core.jobs import Job, Jobs, choose, line_up
 from core.requests import Order, SpeechRequest
-from core.worker.process import Pulse
+from core.worker.process import Pulse, RunJob
 
 PATIENCE = 4
 
@@ -34,10 +36,10 @@ class HandWorker:
     def start(self, listener) -> None:
         self.listener = listener
 
-    def run(self, job, order, folder, online) -> None:
+    def run(self, message) -> None:
         assert self.job is None
-        self.job = job
-        self.engines.append(order.engine)
+        self.job = message.job
+        self.engines.append(message.order.engine)
 
     def stop(self, job) -> None:
         if job == self.job:
@@ -45,19 +47,21 @@ class HandWorker:
 
     def end(self, event=None) -> None:
         job, self.job = self.job, None
-        self.pulse = Pulse("CPU", "cpu", 0, 0, 0, 0, (self.engines[-1],), (), 0, True)
+        self.pulse = Pulse("CPU", "cpu", 0, 0, 0, 0, (self.engines[-1],), (), 0, 0, True)
         self.listener(job, event or Failed("enough"))
 
 
-def queue(worker: HandWorker, keep=None, limit: int = 100, folder: Path = Path("/nonexistent")) -> Jobs:
+def queue(
+    worker: HandWorker, keep=None, limit: int = 100, folder: Path = Path("/nonexistent"), **more
+) -> Jobs:
     return Jobs(
         worker,
-        online=lambda order: False,
+        message=lambda job: RunJob(job.id, job.order, job.folder, online=False),
         expect=lambda order: 8.0 if order.engine == "a" else None,
         new_folder=lambda job: folder,
         keep=keep or (lambda job, finished: pytest.fail("nothing was finished")),
-        patience=PATIENCE,
         limit=limit,
+        **{"patience": PATIENCE} | more,
     )
 
 
@@ -244,10 +248,10 @@ def test_a_job_that_cannot_be_handed_over_fails_alone(monkeypatch):
     [bad, good] = jobs.submit([order("b"), order("c")], "x")
     run = worker.run
 
-    def refuse(job, order, folder, online):
-        if order.engine == "b":
+    def refuse(message):
+        if message.order.engine == "b":
             raise TypeError("cannot pickle it")
-        run(job, order, folder, online)
+        run(message)
 
     monkeypatch.setattr(worker, "run", refuse)
     worker.end()
@@ -289,3 +293,70 @@ def test_old_ended_jobs_are_forgotten():
         jobs.submit([order()], "x")
         worker.end()
     assert len(jobs.of("x")) == 40
+
+
+# Turns: two visitors, two engines that crowd each other out
+
+
+def crowded(worker: HandWorker, **more) -> Jobs:
+    return queue(worker, crowds_out=lambda order: order.engine not in worker.engines[-1:], **more)
+
+
+def until(happened) -> None:
+    deadline = time.monotonic() + 30
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_the_engine_of_who_was_just_served_stays_for_their_next_job():
+    worker = HandWorker()
+    jobs = crowded(worker, turn_seconds=600)
+    jobs.submit([order("a")], "x")
+    [other] = jobs.submit([order("b")], "y")
+    worker.end()
+    assert worker.job is None and other.state == "queued", "y waits for what x may ask next"
+    [again] = jobs.submit([order("a")], "x")
+    assert worker.job == again.id
+    jobs.stop("y")
+
+
+def test_a_turn_ends_by_itself():
+    worker = HandWorker()
+    jobs = crowded(worker, turn_seconds=0.05)
+    jobs.submit([order("a")], "x")
+    [other] = jobs.submit([order("b")], "y")
+    worker.end()
+    until(lambda: worker.job == other.id)
+
+
+def test_nobody_waits_for_a_turn_where_there_is_room_for_both_or_no_one_else():
+    for more, second in (({"turn_seconds": 600.0}, "y"), ({"turn_seconds": 600.0, "crowds_out": bool}, "x")):
+        worker = HandWorker()
+        jobs = queue(worker, **more)
+        jobs.submit([order("a")], "x")
+        [other] = jobs.submit([order("b")], second)
+        worker.end()
+        assert worker.job == other.id
+
+
+def places(mine: int, yours: int, patience: int) -> tuple[dict[str, int], int]:
+    """When each of x's and y's jobs runs, and how often the engine changes."""
+    worker = HandWorker()
+    jobs = crowded(worker, patience=patience)
+    names = {job.id: f"x{n}" for n, job in enumerate(jobs.submit([order("a")] * mine, "x"))}
+    names |= {job.id: f"y{n}" for n, job in enumerate(jobs.submit([order("b")] * yours, "y"))}
+    found: dict[str, int] = {}
+    while worker.job:
+        found[names[worker.job]] = len(found)
+        worker.end()
+    return found, sum(one != other for one, other in pairwise(worker.engines))
+
+
+@given(st.integers(1, 30), st.integers(1, 30))
+@settings(max_examples=40, deadline=None)
+def test_two_visitors_with_an_engine_each_are_served_in_runs_and_neither_waits_long(mine, yours):
+    fair, often = places(mine, yours, patience=0)
+    grouped, seldom = places(mine, yours, PATIENCE)
+    assert all(grouped[job] <= fair[job] + PATIENCE for job in fair)
+    assert seldom <= often / (PATIENCE + 1) + 2

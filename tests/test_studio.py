@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -79,6 +80,22 @@ def test_the_second_job_of_a_kind_is_foretold_from_the_first(studio):
     assert slow.expected is not None and next_one.event.seconds is not None
     studio.stop("anna")
     finish(studio, slow)
+
+
+def test_a_press_is_forecast_from_takes_and_from_what_is_loaded(studio):
+    finish(studio, studio.submit([order()], "anna")[0])
+    while "Unruly" not in studio.status().loaded:
+        time.sleep(0.05)
+    told = studio.forecast(order(text="hello" * 100))
+    assert told.loaded and told.seconds is not None
+    assert studio.forecast_line([order()]).startswith("About ")
+    studio.unload()
+    while studio.status().loaded:
+        time.sleep(0.05)
+    told = studio.forecast(order())
+    assert not told.loaded and told.device_bytes and told.free_bytes
+    assert studio.forecast_line([order()]).startswith("Needs about ")
+    assert studio.forecast_line([order("nobody")]) == ""
 
 
 def test_orders_are_queued_all_or_none(studio):

@@ -188,6 +188,22 @@ def test_a_result_is_kept_though_its_reference_is_gone(takes: Takes, tmp_path: P
 # Forecasts
 
 
+def test_measured_peaks_are_remembered_with_the_size_of_their_request(takes: Takes) -> None:
+    resident = {"device": "cuda", "strategy": "resident"}
+    for n, placement in enumerate((resident, resident, {"device": "cuda", "strategy": "model_offload"})):
+        cost = {
+            "units": 10.0 + n,
+            "working_bytes": 1000 * (n + 1),
+            "planned_bytes": 5,
+            "generate_seconds": 1.0,
+        }
+        keep(takes, take=a_take("hello", measurements=cost, placement=placement))
+    assert sorted(takes.peaks("espeak", "a/b", "cuda", "hub")) == [(10.0, 1000), (11.0, 2000)]
+    assert takes.peaks("espeak", "a/b", "cpu", "hub") == []
+    pace = takes.pace("espeak", "a/b", "cuda")
+    assert pace is not None and pace.planned_bytes == 5
+
+
 def test_the_pace_is_the_median_of_the_latest(takes: Takes) -> None:
     start = datetime(2026, 1, 1, tzinfo=UTC)
     assert takes.pace("espeak", "a/b", "cpu") is None
@@ -197,9 +213,7 @@ def test_the_pace_is_the_median_of_the_latest(takes: Takes) -> None:
         keep(takes, take=a_take("0123456789", made=start + timedelta(seconds=n), measurements=cost))
     pace = takes.pace("espeak", "a/b", "cpu", kind="hub")
     assert pace is not None
-    assert pace.seconds_per_character == pytest.approx(
-        1.45
-    )  # the median of 5..24 is 14.5, over 10 characters
+    assert pace.seconds_per_unit == pytest.approx(1.45)  # the median of 5..24 is 14.5, over 10 characters
     assert (pace.load_seconds, pace.takes) == (9.0, 20)
     for other in (("bark", "a/b", "cpu"), ("espeak", "x/y", "cpu"), ("espeak", "a/b", "cuda")):
         assert takes.pace(*other) is None

@@ -73,7 +73,7 @@ def works_on(module: torch.nn.Module, device: str) -> None:
     Libraries put their inputs there, and take it from the first weight, which may wait in host memory or on
     disk. The module becomes a subclass of its own class, as `torch.distributed.fsdp.fully_shard` does it.
     """
-    module.__class__ = _working_on(type(module), device)
+    module.__class__ = _working_on(type(module), device)  # type: ignore[arg-type]  # classes can be hashed
 
 
 @cache

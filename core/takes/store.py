@@ -42,13 +42,14 @@ OWNER = ".owner"
 PARSED = 256  # records kept in memory, each about 60 kB
 REMEMBERED = 20  # takes that a forecast looks back on
 _ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
-_SCHEMA = 1  # a higher number makes every index anew
+_SCHEMA = 2  # a higher number makes every index anew
 _TABLE = (
     "DROP TABLE IF EXISTS takes",
     """CREATE TABLE takes (
         id TEXT PRIMARY KEY, made REAL NOT NULL, modality TEXT NOT NULL, owner TEXT NOT NULL,
         engine TEXT NOT NULL, repository TEXT NOT NULL, kind TEXT NOT NULL, device TEXT NOT NULL,
-        characters INTEGER NOT NULL, generate_seconds REAL, load_seconds REAL)""",
+        units REAL NOT NULL, generate_seconds REAL, load_seconds REAL,
+        strategy TEXT NOT NULL, working_bytes INTEGER, planned_bytes INTEGER)""",
     "CREATE INDEX by_owner ON takes (owner, made)",
     "CREATE INDEX by_engine ON takes (engine, made)",
 )
@@ -85,8 +86,9 @@ RowList = list[tuple[Any, ...]]
 class Pace:
     """What an engine took lately, over at most `REMEMBERED` takes."""
 
-    seconds_per_character: float  # of generating, median
+    seconds_per_unit: float  # of generating, median; the unit is `Card.units`
     load_seconds: float  # longest
+    planned_bytes: int | None  # on the device, the latest
     takes: int
 
 
@@ -215,18 +217,27 @@ class Takes:
             kind: of weights ("hub", "miniature", "folder"); None takes all together.
         """
         rows = self._rows(
-            "SELECT generate_seconds / characters, load_seconds FROM takes "
+            "SELECT generate_seconds / units, load_seconds, planned_bytes FROM takes "
             "WHERE engine = ? AND repository = ? AND device = ? AND (kind = ? OR ? IS NULL) "
-            "AND characters > 0 AND generate_seconds IS NOT NULL ORDER BY made DESC LIMIT ?",
+            "AND units > 0 AND generate_seconds IS NOT NULL ORDER BY made DESC LIMIT ?",
             (engine, repository, device, kind, kind, REMEMBERED),
         )
         if not rows:
             return None
         # An engine that was still loaded took no time to load: the longest is that of a real load.
         return Pace(
-            seconds_per_character=statistics.median(row[0] for row in rows),
+            seconds_per_unit=statistics.median(row[0] for row in rows),
             load_seconds=max(row[1] or 0.0 for row in rows),
+            planned_bytes=rows[0][2],
             takes=len(rows),
+        )
+
+    def peaks(self, engine: str, repository: str, device: str, kind: str) -> RowList:
+        """Size of the request and working memory in bytes of this engine's latest takes, of each."""
+        return self._rows(
+            "SELECT units, working_bytes FROM takes WHERE engine = ? AND repository = ? AND device = ? "
+            "AND kind = ? AND strategy = 'resident' AND working_bytes IS NOT NULL ORDER BY made DESC LIMIT ?",
+            (engine, repository, device, kind, REMEMBERED),
         )
 
     def rebuild(self) -> None:
@@ -366,7 +377,7 @@ def _code(error: sqlite3.Error) -> int:
 def _insert(index: sqlite3.Connection, take: Take, owner_hash: str) -> None:
     measured = take.measurements
     index.execute(
-        "INSERT OR REPLACE INTO takes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT OR REPLACE INTO takes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             take.id,
             take.made.timestamp(),
@@ -376,9 +387,12 @@ def _insert(index: sqlite3.Connection, take: Take, owner_hash: str) -> None:
             take.weights.get("repository", ""),
             take.weights.get("kind", ""),
             take.placement.get("device", ""),
-            len(take.order.request.text),
+            measured.get("units", len(take.order.request.text)),
             measured.get("generate_seconds"),
             measured.get("load_seconds"),
+            take.placement.get("strategy", ""),
+            measured.get("working_bytes"),
+            measured.get("planned_bytes"),
         ),
     )
 

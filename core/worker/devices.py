@@ -130,6 +130,17 @@ class Device:
             return int(self._torch.cuda.mem_get_info(self.name)[0] + cached)
         return ram_available()
 
+    def limit(self, budget: int | None) -> None:
+        """Let this process take no more than a budget, as if the card were that small."""
+        if self.is_cuda:
+            share = 1.0 if budget is None else min(1.0, budget / self.total())
+            self._torch.cuda.set_per_process_memory_fraction(share, self.name)
+
+    def wait(self) -> None:
+        """Until all that was asked of it is done."""
+        if self.is_cuda:
+            self._torch.cuda.synchronize(self.name)
+
     def reset_peak(self) -> None:
         reset_ram_peak()
         if self.is_cuda:
@@ -146,7 +157,11 @@ class Device:
         gc.collect()
         if self.is_cuda:
             self._torch.cuda.synchronize(self.name)
+            # The work space that cuBLAS keeps would look like something an engine left.
+            if clear := getattr(self._torch._C, "_cuda_clearCublasWorkspaces", None):
+                clear()
             self._torch.cuda.empty_cache()
+            self._torch.accelerator.empty_host_cache()  # of pinned memory
         elif self.name == "mps":
             self._torch.mps.empty_cache()
         if trim := _malloc_trim():

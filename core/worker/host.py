@@ -33,9 +33,10 @@ from core.events import Chunk, Event, Failed, Finished, Loading, Preview, Step, 
 from core.media import Audio, write_audio
 from core.requests import Order, check, parse_options
 from core.settings import Settings
-from core.worker.devices import Device, ram_peak, ram_total, ram_used, reset_ram_peak
+from core.worker.devices import Device, ram_available, ram_peak, ram_total, ram_used, reset_ram_peak
 from core.worker.memory import Loan, Memory, RanOut, Wanted, in_short, is_out_of_memory
 from core.worker.messages import (
+    Budget,
     FromWorker,
     JobEvent,
     Pulse,
@@ -48,6 +49,7 @@ from core.worker.messages import (
 from core.worker.outputs import save
 
 PULSE_SECONDS = 2.0
+TICK_SECONDS = 5.0  # without a message, after which idle engines are looked at
 EVENTS_PER_SECOND = 10.0  # of steps; an eye sees no more
 LIBRARIES = ("torch", "transformers", "coqui-tts", "f5-tts")  # whose versions go into a take
 
@@ -157,10 +159,23 @@ class Host:
             else:
                 self._stopped_early.add(job)
 
-    def unload(self, engine: str = "") -> None:
-        """Release one engine, or all."""
+    def unload(self, engine: str = "", park: bool = False) -> None:
+        """Release one engine, or all; with `park` its weights wait in host memory, where there is room."""
         with self._turn:
-            self.residency.release_all(engine)
+            if park:
+                self.memory.leave_device(engine)
+            else:
+                self.residency.release_all(engine)
+
+    def set_budget(self, memory: int | None) -> None:
+        """Change the memory budget; what no longer fits goes now."""
+        with self._turn:
+            self.memory.set_budget(memory)
+
+    def tick(self) -> None:
+        """Give back what was not used for long."""
+        with self._turn:
+            self.memory.age()
 
     def pulse(self) -> Pulse:
         device = self.memory.known_device
@@ -169,13 +184,17 @@ class Host:
             device=device.title if device else "CPU",
             device_name=device.name if device else "cpu",
             device_used=device.used() if device else ram,
-            device_total=self._settings.memory_budget or (device.total() if device else ram_total()),
+            device_total=self.memory.budget or (device.total() if device else ram_total()),
             ram_used=ram,
             ram_total=ram_total(),
             loaded=self.residency.loaded,
             held=self.residency.inventory(),
             device_free=self.memory.free(),
+            ram_free=ram_available(),
             ready=self._warm,
+            parked=self.residency.parked,
+            ram_held=self.residency.held.ram,
+            ram_budget=self.memory.ram_budget,
         )
 
     def run(self, job: RunJob) -> None:
@@ -205,6 +224,7 @@ class Host:
             if broken:
                 # Whatever state the engine is in now, its next job starts from a fresh one.
                 self.residency.release_all(job.order.engine)
+        self._tell(self.pulse())  # first: the queue asks at once which engines are loaded now
         self._tell(JobEvent(job.job, last))
 
     def _carry_out(self, job: RunJob, run: JobRun) -> Finished:
@@ -236,6 +256,7 @@ class Host:
             "real_time_factor": round((work.ended - work.started) / result.seconds, 4),
             "finish_seconds": round(time.perf_counter() - work.ended, 4),
             "units": card.units(order.request),
+            "planned_bytes": work.loan.planned,
             **memory,
         }
         origin = {
@@ -324,7 +345,11 @@ class Work:
 
 
 class Meter:
-    """Memory of one job, in bytes: before, at the peak, after; and what it took beside the weights."""
+    """Memory of one job, in bytes: before, at the peak, after; and what it took beside the weights.
+
+    The last is known only of a device that counts its tensors. Host memory also grows by libraries, by pages
+    of mapped files and by what allocators keep.
+    """
 
     def __init__(self, device: Device | None) -> None:
         self._device = device
@@ -349,7 +374,9 @@ class Meter:
             "device_before_bytes": self._device_before,
             "device_peak_bytes": _most(most, self._load_peaks[1]) if device else None,
             "device_after_bytes": device.used() if device else None,
-            "working_bytes": max(0, most - self._loaded) if device and most is not None else None,
+            "working_bytes": max(0, most - self._loaded)
+            if most and device and device.name != "cpu"
+            else None,
         }
 
     def _reset(self) -> None:
@@ -399,15 +426,29 @@ def main(pipe: Connection, settings: Settings, log: Path) -> None:
     threading.Thread(target=_beat, args=(host, tell), daemon=True).start()
     host.warm_up()  # while the visitor still types
     tell(host.pulse())
-    while not isinstance(message := todo.get(), Quit):
-        if isinstance(message, RunJob):
-            # A crash shows the end of the log to this job's visitor, who is not to read of others' jobs.
-            os.ftruncate(1, 0)
-            host.run(message)
-        elif isinstance(message, Unload):
-            host.unload(message.engine)
-        tell(host.pulse())
+    while not isinstance(message := _next(todo), Quit):
+        match message:
+            case RunJob():
+                # A crash shows the end of the log to this job's visitor, who is not to read of others' jobs.
+                os.ftruncate(1, 0)
+                host.run(message)
+            case Unload(engine, park):
+                host.unload(engine, park)
+                tell(host.pulse())
+            case Budget(memory):
+                host.set_budget(memory)
+                tell(host.pulse())
+            case None:
+                host.tick()  # the next beat tells of it
     host.unload()
+
+
+def _next(todo: queue.SimpleQueue[ToWorker]) -> ToWorker | None:
+    """The next message; None where there was none for a while."""
+    try:
+        return todo.get(timeout=TICK_SECONDS)
+    except queue.Empty:
+        return None
 
 
 def _write_output_to(log: Path) -> None:

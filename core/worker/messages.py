@@ -26,7 +26,17 @@ class StopJob:
 
 @dataclass(frozen=True)
 class Unload:
+    """Taken up between jobs, so that it never meets an engine at work."""
+
     engine: str = ""  # empty: all
+    park: bool = False  # give back only the device, since everybody left the engine's tab
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The memory budget was changed while the server runs. Taken up between jobs."""
+
+    memory: int | None  # bytes of the device; None: all there is
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,7 @@ class Quit:
     pass
 
 
-ToWorker = RunJob | StopJob | Unload | Quit
+ToWorker = RunJob | StopJob | Unload | Budget | Quit
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ class Held:
     engine: str
     weights: str  # the checkpoint's folder, by name
     state: Literal["in use", "loaded", "parked"]
-    device_bytes: int  # planned, its working memory with it
+    device_bytes: int  # planned: the weights; in use, its working memory with them
     ram_bytes: int  # in host memory: parked, or waiting there to be moved in
     idle_seconds: float
     words: str  # where its components are, for people
@@ -66,10 +76,14 @@ class Pulse:
     device_total: int
     ram_used: int  # of the worker process
     ram_total: int
-    loaded: tuple[str, ...]  # engine ids
+    loaded: tuple[str, ...]  # engine ids, most recently used first; not the parked ones
     held: tuple[Held, ...]  # all of them, most recently used first; the parked ones too
     device_free: int  # what could still be taken on the device, within the budget
+    ram_free: int  # of the machine, or of its container
     ready: bool  # False while libraries are still being imported
+    parked: tuple[str, ...] = ()  # engine ids whose weights wait in host memory, most recently used first
+    ram_held: int = 0  # by engines: parked, or waiting in host memory to be moved in
+    ram_budget: int = 0  # the most that may be
 
 
 @dataclass(frozen=True)
@@ -80,6 +94,7 @@ class Released:
     alive: int
     device_bytes_left: int
     clean: bool
+    holders: tuple[str, ...] = ()  # what holds them, as far as the garbage collector can tell
 
 
 FromWorker = JobEvent | Pulse | Released

@@ -7,18 +7,18 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Literal, Protocol
 
 from core.events import Event, Failed, Finished, Stopped
 from core.logs import new_log
-from core.requests import Order
 from core.settings import Settings
 from core.worker.messages import (
+    Budget,
     FromWorker,
     JobEvent,
     Pulse,
@@ -30,7 +30,7 @@ from core.worker.messages import (
     Unload,
 )
 
-__all__ = ["InlineWorker", "Listener", "Pulse", "Released", "State", "Worker", "WorkerProcess"]
+__all__ = ["InlineWorker", "Listener", "Pulse", "Released", "RunJob", "State", "Worker", "WorkerProcess"]
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ Listener = Callable[[str, Event], None]  # (job, event)
 _TICK = 0.1  # seconds between looks at the deadlines
 _SENDS = 2  # times a job is handed to a new process because the last one died before it began
 _LONGEST_BACKOFF = 10.0  # seconds
+_RELEASES = 50  # remembered, to be shown
 _LOG_TAIL = 12_000  # bytes of its output that go into a failure's detail; a crash lists modules at length
 
 
@@ -49,10 +50,13 @@ class Worker(Protocol):
     def state(self) -> State: ...
     @property
     def pulse(self) -> Pulse | None: ...
+    @property
+    def releases(self) -> Sequence[Released]: ...  # the latest, oldest first
     def start(self, listener: Listener) -> None: ...
-    def run(self, job: str, order: Order, folder: Path, online: bool) -> None: ...
+    def run(self, message: RunJob) -> None: ...
     def stop(self, job: str) -> None: ...
-    def unload(self, engine: str = "") -> None: ...
+    def unload(self, engine: str = "", park: bool = False) -> None: ...
+    def set_budget(self, memory: int | None) -> None: ...
     def close(self) -> None: ...
 
 
@@ -88,6 +92,7 @@ class WorkerProcess:
         self._closing = False
         self.state: State = "starting"
         self.pulse: Pulse | None = None
+        self.releases: deque[Released] = deque(maxlen=_RELEASES)
         self.restarts = 0
 
     def start(self, listener: Listener) -> None:
@@ -102,11 +107,11 @@ class WorkerProcess:
     def pid(self) -> int | None:
         return self._process.pid
 
-    def run(self, job: str, order: Order, folder: Path, online: bool) -> None:
+    def run(self, message: RunJob) -> None:
         """Begin a job; its events come to the listener. Only one may run at a time."""
         with self._lock:
             assert self._current is None, "the worker runs one job at a time"
-            current = _Current(RunJob(job, order, folder, online), time.monotonic())
+            current = _Current(message, time.monotonic())
             self._send(current.message)
             self._current = current
             if self.state == "ready":
@@ -126,9 +131,16 @@ class WorkerProcess:
         # The process is still starting: it drops the job when it gets there, and nobody waits for that.
         self._listener(job, Stopped())
 
-    def unload(self, engine: str = "") -> None:
+    def unload(self, engine: str = "", park: bool = False) -> None:
+        """Let one engine go, or all; with `park` it keeps its weights in host memory, where there is room."""
         with self._lock:
-            self._send(Unload(engine))
+            self._send(Unload(engine, park))
+
+    def set_budget(self, memory: int | None) -> None:
+        """Change the memory budget, for this process and for those that may replace it."""
+        with self._lock:
+            self._settings = self._settings.model_copy(update={"memory_budget": memory})
+            self._send(Budget(memory))
 
     def close(self) -> None:
         """End the process: politely, then not."""
@@ -209,6 +221,7 @@ class WorkerProcess:
                             self._current.heard = self._beat  # the job's own time begins now
         elif isinstance(message, Released):
             with self._lock:
+                self.releases.append(message)
                 self._leaky = self._leaky or not message.clean
                 self._end_leaky()
         elif isinstance(message, JobEvent):
@@ -317,6 +330,7 @@ class InlineWorker:
         self._job = ""
         self._thread: threading.Thread | None = None
         self.state: State = "ready"
+        self.releases: deque[Released] = deque(maxlen=_RELEASES)
 
     def start(self, listener: Listener) -> None:
         from core.worker.host import Host
@@ -326,6 +340,8 @@ class InlineWorker:
                 if isinstance(message.event, Finished | Failed | Stopped):
                     self.state = "ready"
                 listener(message.job, message.event)
+            elif isinstance(message, Released):
+                self.releases.append(message)
 
         self._host = Host(self._settings, hear)
 
@@ -333,19 +349,20 @@ class InlineWorker:
     def pulse(self) -> Pulse | None:
         return self._host.pulse()
 
-    def run(self, job: str, order: Order, folder: Path, online: bool) -> None:
+    def run(self, message: RunJob) -> None:
         self.state = "busy"
-        self._job = job
-        self._thread = threading.Thread(
-            target=self._host.run, args=(RunJob(job, order, folder, online),), daemon=True
-        )
+        self._job = message.job
+        self._thread = threading.Thread(target=self._host.run, args=(message,), daemon=True)
         self._thread.start()
 
     def stop(self, job: str) -> None:
         self._host.stop(job)
 
-    def unload(self, engine: str = "") -> None:
-        self._host.unload(engine)
+    def unload(self, engine: str = "", park: bool = False) -> None:
+        self._host.unload(engine, park)
+
+    def set_budget(self, memory: int | None) -> None:
+        self._host.set_budget(memory)
 
     def close(self) -> None:
         """Stop the job in progress. One that does not heed it within the grace is left to end by itself."""

@@ -14,7 +14,7 @@ from core.requests import Order, SpeechRequest
 from core.settings import Settings
 from core.studio import Studio
 from tests.benchmarks.rows import Row
-from tests.benchmarks.stage import TEXT, _cache, order, speakers
+from tests.benchmarks.stage import TEXT, cache, order, speakers
 
 VISITOR = "benchmark"
 
@@ -22,7 +22,7 @@ VISITOR = "benchmark"
 def measure() -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(
-            home=Path(folder), cache=_cache(), device="cpu", threads=1, engine_modules=("tests.unruly",)
+            home=Path(folder), cache=cache(), device="cpu", threads=1, engine_modules=("tests.unruly",)
         )
         studio = Studio(settings)
         try:

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import psutil
 
-from tests.benchmarks.stage import _cache
+from tests.benchmarks.stage import cache
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,7 +59,7 @@ class Server:
 @contextmanager
 def ours(**settings: str) -> Iterator[Server]:
     with tempfile.TemporaryDirectory() as home:
-        environment = {"SOUNDSTAGE_HOME": home, "SOUNDSTAGE_CACHE": str(_cache()), **settings}
+        environment = {"SOUNDSTAGE_HOME": home, "SOUNDSTAGE_CACHE": str(cache()), **settings}
         with _served(["app.py", "serve", "--weights", "miniature", "--port"], environment) as server:
             yield server
 

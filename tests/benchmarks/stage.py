@@ -23,7 +23,7 @@ class Stage:
         self.released: list[Released] = []
         self._last: FromWorker | None = None
         self.host = Host(
-            Settings(home=folder / "home", cache=_cache(), device="cpu", threads=1, **settings), self._hear
+            Settings(home=folder / "home", cache=cache(), device="cpu", threads=1, **settings), self._hear
         )
 
     def _hear(self, message: FromWorker) -> None:
@@ -38,7 +38,7 @@ class Stage:
         return self._last.event
 
 
-def _cache() -> Path:
+def cache() -> Path:
     """Miniatures are built once for all measurements."""
     return Path(tempfile.gettempdir()) / "soundstage-benchmarks"
 

@@ -21,7 +21,7 @@ from core.events import Failed, Finished, Step, Stopped
 from core.logs import KEPT, new_log
 from core.requests import Order, SpeechRequest
 from core.settings import Settings
-from core.worker.process import WorkerProcess
+from core.worker.process import RunJob, WorkerProcess
 
 PATIENCE = 200  # seconds to wait for an event; importing torch on a busy machine takes a while
 
@@ -46,7 +46,7 @@ class Bench:
             seed=seed,
             weights="miniature",
         )
-        self.worker.run(job, order, folder, online=False)
+        self.worker.run(RunJob(job, order, folder, online=False))
 
     def until(self, *kinds: type, job: str = "job"):
         while True:
@@ -95,7 +95,9 @@ def test_a_job_finishes_with_files_and_measurements(bench):
     assert cost["generate_seconds"] >= 0 and cost["audio_seconds"] == 1.0
     assert cost["ram_peak_bytes"] >= cost["ram_before_bytes"] > 0
     assert finished.weights["kind"] == "miniature"
-    assert finished.placement == {"device": "cpu", "dtype": "float32", "strategy": "resident"}
+    assert finished.placement == {
+        "device": "cpu", "dtype": "float32", "strategy": "resident", "words": "all on the CPU",
+    }  # fmt: skip
 
 
 def test_torch_is_in_the_worker_and_not_here(bench):
@@ -318,7 +320,7 @@ def test_the_worker_ends_with_its_page(settings, tmp_path):
         """
         import os, sys
         from core.settings import Settings
-        from core.worker.process import WorkerProcess
+        from core.worker.process import RunJob, WorkerProcess
         if __name__ == "__main__":
             worker = WorkerProcess(Settings(device="cpu"))
             worker.start(lambda job, event: None)

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoProcessor, BarkConfig, BarkModel
+from transformers import AutoConfig, AutoModelForTextToWaveform, AutoProcessor, BarkConfig, BarkModel
 
 from core.engines.bark.card import CARD, BarkOptions, preset, voices
 from core.engines.bark.stages import Stages, Voice
 from core.engines.base import Engine, Placement, Run
+from core.engines.loading import load_pretrained, skeleton
 from core.engines.quirks import works_on
 from core.engines.speaking import join, split_sentences
 from core.errors import WeightsError
@@ -42,17 +42,11 @@ class BarkEngine(Engine):
             raise WeightsError(f"The folder holds a checkpoint of {config.model_type!r}, not of Bark.")
         self.weights = weights
         self.processor = AutoProcessor.from_pretrained(weights)
-        self.model, loaded = BarkModel.from_pretrained(
-            weights, dtype=placement.torch_dtype, output_loading_info=True
+        self.model = load_pretrained(
+            AutoModelForTextToWaveform, weights, dtype=placement.torch_dtype, device=placement.load_device
         )
-        # The library would go on with random numbers in their place.
-        if missing := loaded["missing_keys"] & dict(self.model.named_parameters()).keys():
-            raise WeightsError(
-                f"The checkpoint lacks {len(missing)} of Bark's tensors, {min(missing)} for one."
-            )
         if absent := [name for name in _GENERATION if not hasattr(self.model.generation_config, name)]:
             raise WeightsError(f"generation_config.json of this checkpoint lacks {', '.join(absent)}.")
-        self.model.to(placement.load_device).eval()
         self.device = placement.device
         works_on(self.model, self.device)
         for stage in (self.model.semantic, self.model.coarse_acoustics, self.model.fine_acoustics):
@@ -65,7 +59,7 @@ class BarkEngine(Engine):
     @staticmethod
     def skeleton(folder: Path) -> Mapping[str, torch.nn.Module]:
         config = AutoConfig.from_pretrained(folder)
-        with init_empty_weights():
+        with skeleton():
             model = BarkModel(config)
         model.tie_weights()
         return _components(model)

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 
 from core.engines.base import Engine, Placement, Run
@@ -31,6 +30,7 @@ from core.engines.f5.card import (
     F5Options,
 )
 from core.engines.f5.reference import as_sentence, prepare, transcribe
+from core.engines.loading import fill, load_parallel, read_ahead, read_tensors, skeleton
 from core.engines.quirks import works_on
 from core.engines.speaking import join, split_sentences
 from core.errors import BadInput, WeightsError
@@ -49,7 +49,8 @@ def _quietly() -> Iterator[None]:
 
 
 with _quietly():
-    from f5_tts.infer.utils_infer import infer_batch_process, load_model, load_vocoder, n_mel_channels
+    from f5_tts.infer import utils_infer
+    from f5_tts.infer.utils_infer import infer_batch_process
     from f5_tts.model import CFM, DiT
     from f5_tts.model.modules import vocos_mel_stft_cache
     from f5_tts.model.utils import get_tokenizer
@@ -62,7 +63,9 @@ _VOCODER_CLASSES = {
     "backbone": "vocos.models.VocosBackbone",
     "head": "vocos.heads.ISTFTHead",
 }
-_PREFIX = "ema_model.transformer."
+_VOCODER_FILE = "pytorch_model.bin"
+_AVERAGED = "ema_model."  # of the parameters while training; what speaks
+_PREFIX = _AVERAGED + "transformer."
 _SHAPE_FILE = "config.json"  # arguments of `DiT`, where no weights are at hand whose shapes show them
 _SECONDS_AT_ONCE = 22  # reference and sentence together, as the library's own `infer_process` allows
 _SHORTEST_LIMIT = 20  # characters
@@ -77,19 +80,15 @@ class F5Engine(Engine):
         self.whisper = weights / WHISPER_FOLDER
         vocoder = weights / VOCODER_FOLDER
         _check_vocoder(vocoder / "config.yaml")
+        read_ahead([weights / MODEL_FILE, vocoder / _VOCODER_FILE])
         with _quietly():
-            self.vocoder = load_vocoder(is_local=True, local_path=str(vocoder), device="cpu")
-            # Loaded on the CPU, since on a GPU the library decides on half precision by itself.
-            self.model = load_model(
-                DiT,
-                architecture(weights / MODEL_FILE),
-                str(weights / MODEL_FILE),
-                mel_spec_type="vocos",
-                vocab_file=str(weights / VOCABULARY_FILE),
-                device="cpu",
+            loaded = load_parallel(
+                {
+                    "model": lambda: _load_model(weights, self.dtype, placement.load_device),
+                    "vocoder": lambda: _load_vocoder(vocoder, placement.load_device),
+                }
             )
-        self.model.to(placement.load_device, self.dtype).eval()
-        self.vocoder.to(placement.load_device)
+        self.model, self.vocoder = loaded["model"], loaded["vocoder"]
         works_on(self.model, self.device)
 
     def components(self) -> Mapping[str, torch.nn.Module]:
@@ -106,8 +105,8 @@ class F5Engine(Engine):
             shape = architecture(weights) | {"text_num_embeds": tokens}
         else:
             shape = json.loads((folder / _SHAPE_FILE).read_text("utf-8"))
-        with init_empty_weights(), _quietly():
-            model = CFM(DiT(**shape, mel_dim=n_mel_channels))
+        with skeleton(), _quietly():
+            model = CFM(DiT(**shape, mel_dim=utils_infer.n_mel_channels))
             return _components(model, Vocos.from_hparams(str(vocoder)))
 
     def generate(self, request: SpeechRequest, options: F5Options, run: Run) -> Audio:
@@ -186,6 +185,44 @@ class _Moved:
 
 def _components(model: CFM, vocoder: Vocos) -> dict[str, torch.nn.Module]:
     return {"transformer": model.transformer, "vocoder": vocoder}
+
+
+def _load_model(weights: Path, dtype: torch.dtype, device: str) -> CFM:
+    """The flow-matching model as the library's `load_model` makes it, which draws random weights first."""
+    letters, count = get_tokenizer(str(weights / VOCABULARY_FILE), "custom")
+    with skeleton():
+        model = CFM(
+            DiT(
+                **architecture(weights / MODEL_FILE),
+                text_num_embeds=count,
+                mel_dim=utils_infer.n_mel_channels,
+            ),
+            mel_spec_kwargs={
+                "n_fft": utils_infer.n_fft,
+                "hop_length": utils_infer.hop_length,
+                "win_length": utils_infer.win_length,
+                "n_mel_channels": utils_infer.n_mel_channels,
+                "target_sample_rate": utils_infer.target_sample_rate,
+                "mel_spec_type": "vocos",
+            },
+            odeint_kwargs={"method": utils_infer.ode_method},
+            vocab_char_map=letters,
+        ).to(dtype)
+    # Beside these the file may hold the training's counters and, from old versions, the spectrogram's tables.
+    kept = {
+        name.removeprefix(_AVERAGED): tensor
+        for name, tensor in read_tensors(weights / MODEL_FILE).items()
+        if name.startswith(_PREFIX)
+    }
+    fill(model, kept, device)
+    return model.eval()
+
+
+def _load_vocoder(folder: Path, device: str) -> Vocos:
+    with skeleton():
+        vocoder = Vocos.from_hparams(str(folder / "config.yaml"))
+    fill(vocoder, read_tensors(folder / _VOCODER_FILE), device)
+    return vocoder.eval()
 
 
 def architecture(file: Path) -> dict[str, int]:

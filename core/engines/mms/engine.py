@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from accelerate import init_empty_weights
-from transformers import VitsConfig, VitsModel, VitsTokenizer
+from transformers import AutoModelForTextToWaveform, VitsConfig, VitsModel, VitsTokenizer
 from uroman import Uroman
 
 from core.engines.base import Engine, Placement, Run
+from core.engines.loading import load_pretrained, skeleton
 from core.engines.mms.card import MmsOptions, spell
 from core.engines.speaking import speak_by_sentence
 from core.errors import WeightsError
@@ -33,12 +33,9 @@ class Mms(Engine):
         if tokenizer.phonemize:
             raise WeightsError("The checkpoint reads phonemes; MMS voices read letters.")
         # Always float32: in half precision the splines of the durations fail, and the model is small.
-        model, report = VitsModel.from_pretrained(
-            weights, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        model = load_pretrained(
+            AutoModelForTextToWaveform, weights, dtype=torch.float32, device=placement.load_device
         )
-        # transformers would go on with random numbers in the place of what it did not find.
-        if missing := sorted(report["missing_keys"]):
-            raise WeightsError(f"The checkpoint lacks {len(missing)} tensors, such as {missing[0]}.")
         if tokenizer.vocab_size > model.config.vocab_size:
             raise WeightsError(
                 f"The vocabulary has {tokenizer.vocab_size} entries, the model {model.config.vocab_size}; "
@@ -46,7 +43,7 @@ class Mms(Engine):
             )
         self._tokenizer = tokenizer
         self._device = placement.device
-        self._model = model.to(placement.load_device)
+        self._model = model
         # The tokenizer would set up a romanizer for each sentence, which takes seconds.
         self._romanizer = Uroman() if tokenizer.is_uroman else None
 
@@ -55,7 +52,7 @@ class Mms(Engine):
 
     @staticmethod
     def skeleton(folder: Path) -> Mapping[str, torch.nn.Module]:
-        with init_empty_weights():
+        with skeleton():
             return {"model": VitsModel(VitsConfig.from_pretrained(folder))}
 
     def generate(self, request: SpeechRequest, options: MmsOptions, run: Run) -> Audio:

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from accelerate import init_empty_weights
 from TTS.api import TTS
 from TTS.tts.configs.vits_config import VitsConfig
 from TTS.tts.models.vits import Vits as VitsModel
 
 from core.engines.base import Engine, Placement, Run
+from core.engines.loading import skeleton
 from core.engines.quirks import works_on
 from core.engines.speaking import speak_by_sentence
 from core.engines.vits.card import SPEAKERS_FILE, VitsOptions, speaker_of
@@ -55,7 +55,7 @@ class Vits(Engine):
         settings["model_args"]["init_discriminator"] = False
         config = VitsConfig()
         config.from_dict(settings)
-        with init_empty_weights(), installed():
+        with skeleton(), installed():
             return {"model": VitsModel(config)}
 
     def generate(self, request: SpeechRequest, options: VitsOptions, run: Run) -> Audio:

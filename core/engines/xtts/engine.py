@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from accelerate import init_empty_weights
 from transformers import StoppingCriteria, StoppingCriteriaList
 from TTS.api import TTS
 from TTS.tts.configs.xtts_config import XttsConfig
@@ -22,6 +21,7 @@ from TTS.tts.layers.xtts.tokenizer import VoiceBpeTokenizer
 from TTS.tts.models.xtts import Xtts as XttsModel
 
 from core.engines.base import Engine, Placement, Run
+from core.engines.loading import skeleton
 from core.engines.quirks import works_on
 from core.engines.speaking import PAUSE_SECONDS, join, split_sentences
 from core.engines.xtts.card import CARD, XttsOptions
@@ -60,7 +60,7 @@ class Xtts(Engine):
     def skeleton(folder: Path) -> Mapping[str, torch.nn.Module]:
         config = XttsConfig()
         config.load_json(str(folder / "config.json"))
-        with init_empty_weights():
+        with skeleton():
             model = XttsModel(config)
             if (folder / "vocab.json").is_file():
                 model.tokenizer = VoiceBpeTokenizer(vocab_file=folder / "vocab.json")
