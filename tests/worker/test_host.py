@@ -32,7 +32,7 @@ class Stage:
         if isinstance(message, JobEvent) and isinstance(message.event, Step):
             self.on_step()
 
-    def run(self, behave: str = "well", engine: str = "unruly", steps: int = 3, **changes):
+    def run(self, behave: str = "well", engine: str = "unruly", steps: int = 3, working=None, **changes):
         options = {"behave": behave, "steps": steps} if engine == "unruly" else {}
         given = {
             "engine": engine,
@@ -43,7 +43,7 @@ class Stage:
         }
         self.folder.mkdir(exist_ok=True)
         self.told.clear()
-        self.host.run(RunJob("job", Order(**given | changes), self.folder, online=False))
+        self.host.run(RunJob("job", Order(**given | changes), self.folder, online=False, working=working))
         events = [m.event for m in self.told if isinstance(m, JobEvent)]
         assert sum(isinstance(e, Finished | Failed | Stopped) for e in events) == 1
         return events
