@@ -1,4 +1,4 @@
-"""Mends broken pairs of libraries, in one place, before an engine imports them."""
+"""Mends what libraries get wrong, in one place: broken pairs of them, and where a model says it is."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import ctypes
 import importlib.util
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 _EXTENSION = "torchaudio._extension"
 
@@ -61,3 +65,19 @@ def _without_alignment(_function: Callable[..., Any]) -> Callable[..., Any]:
         )
 
     return refuse
+
+
+def works_on(module: torch.nn.Module, device: str) -> None:
+    """Make `module.device` say where its work is done.
+
+    Libraries put their inputs there, and take it from the first weight, which may wait in host memory or on
+    disk. The module becomes a subclass of its own class, as `torch.distributed.fsdp.fully_shard` does it.
+    """
+    module.__class__ = _working_on(type(module), device)  # type: ignore[arg-type]  # classes can be hashed
+
+
+@cache
+def _working_on(kind: Any, device: str) -> Any:
+    import torch
+
+    return type(kind.__name__, (kind,), {"device": property(lambda _: torch.device(device))})

@@ -1,7 +1,11 @@
-"""How large an engine's components are: counted on the meta device from configs alone, kept as data."""
+"""How large an engine's components are: counted on the meta device from configs alone, kept as data.
+
+`python -m core.worker.footprint` counts them anew and writes `footprints.json` into the engines' folders.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import asdict, dataclass
@@ -9,10 +13,14 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from core.card import Card
+from core.catalog import Catalog
+
 if TYPE_CHECKING:
     import torch
 
 FILE = "footprints.json"  # in an engine's folder: repository -> its components
+CONFIGS = "configs"  # there, too: the configs of its checkpoints, by the last part of the repository
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -31,17 +39,25 @@ class Component:
     linear: int = 0  # floats in the weights of linear layers, which int8 makes a byte each
     block: int = 0  # floats on the device at once when it is streamed block by block
     leaf: int = 0  # the same, layer by layer
-    largest: int = 0  # floats of its largest block, which a device map keeps in one place
+    largest: int = 0  # floats of its largest piece, which a device map keeps in one place
+    stays: int = 0  # floats on the device all the time, streamed or spread: buffers, layers of `Card.whole`
     whole: bool = False  # it cannot be taken apart
 
     def bytes(self, dtype: str, quantisation: str = "") -> int:
         small = self.linear if quantisation else 0
         return (self.floats - small) * ITEM_BYTES[dtype] + small + self.fixed
 
+    def staying(self, dtype: str) -> int:
+        """Bytes that never leave the device, in any way of running it there."""
+        return self.bytes(dtype) if self.whole else self.stays * ITEM_BYTES[dtype] + self.fixed
+
+    def moving(self, dtype: str) -> int:
+        """Bytes of all the others."""
+        return self.bytes(dtype) - self.staying(dtype)
+
     def streamed(self, dtype: str, *, by_leaf: bool) -> int:
-        """Bytes on the device at once under group offload."""
-        floats = self.floats if self.whole else self.leaf if by_leaf else self.block
-        return floats * ITEM_BYTES[dtype] + self.fixed
+        """Bytes on the device at once under group offload, beside those that stay."""
+        return 0 if self.whole else (self.leaf if by_leaf else self.block) * ITEM_BYTES[dtype]
 
 
 @dataclass(frozen=True)
@@ -60,44 +76,107 @@ def measure(modules: Mapping[str, torch.nn.Module], whole: Set[str] = frozenset(
     """Count components; they may be on the meta device. Tied tensors count once.
 
     Args:
-        whole: names of those that cannot be taken apart (`Card.whole`).
+        whole: what of them cannot be taken apart (`Card.whole`).
     """
-    return Footprint(tuple(_measure(name, module, name in whole) for name, module in modules.items()))
+    return Footprint(tuple(_measure(name, module, whole) for name, module in modules.items()))
 
 
-def _measure(name: str, module: torch.nn.Module, whole: bool) -> Component:
-    import torch
+def _measure(name: str, module: torch.nn.Module, whole: Set[str]) -> Component:
 
     tensors = list(_tensors(module))
-    linear = {id(layer.weight) for layer in module.modules() if isinstance(layer, torch.nn.Linear)}
-    leaves = [_floats(m.parameters(recurse=False)) for m in module.modules()]
-    blocks = [_floats(block.parameters()) for block in blocks_of(module)]
     floats = _floats(tensors)
-    largest = max(blocks, default=floats)
+    kept = [t for layer in layers_kept(name, module, whole).values() for t in layer.parameters()]
+    stays = {id(t): t for t in (*kept, *module.buffers())}
+    moving = [t for t in tensors if id(t) not in stays]
+    blocks = [[t for t in block.parameters() if id(t) not in stays] for block in blocks_of(module)]
+    in_blocks = {id(t) for block in blocks for t in block}
+    leaves = [
+        _floats(t for t in m.parameters(isinstance(m, leaf_classes())) if id(t) not in stays)
+        for m in module.modules()
+    ]
+    largest, leaf = max(map(_floats, blocks), default=0), max(leaves, default=0)
+    loose = _floats(t for t in moving if id(t) not in in_blocks)
     return Component(
         name=name,
         floats=floats,
         fixed=sum(t.numel() * t.element_size() for t in tensors if not t.is_floating_point()),
-        linear=sum(t.numel() for t in tensors if id(t) in linear),
-        block=min(floats, floats - sum(blocks) + 2 * largest) if blocks else floats,
-        leaf=min(floats, 2 * max(leaves, default=0)),
-        largest=largest,
-        whole=whole,
+        linear=sum(t.numel() for t in _linear(module)),
+        block=min(_floats(moving), loose + 2 * largest),
+        leaf=min(_floats(moving), 2 * leaf),
+        largest=max(largest, leaf),
+        stays=_floats(stays.values()),
+        whole=name in whole,
     )
 
 
+def layers_kept(name: str, module: torch.nn.Module, whole: Set[str]) -> dict[str, torch.nn.Module]:
+    """The layers of a component, by path, that stay on the device (`Card.whole`)."""
+    paths = sorted(entry.removeprefix(f"{name}.") for entry in whole if entry.startswith(f"{name}."))
+    return {path: module.get_submodule(path) for path in paths}
+
+
 def blocks_of(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """The members of its lists of layers, not looking inside one: what diffusers streams as blocks."""
+    """The members of its lists of layers or, where it has none, of those in its children."""
+    found = [child for child in module.children() if _is_list(child)]
+    return [
+        part
+        for child in found or module.children()
+        for part in (_members(child) if found else blocks_of(child))
+    ]
+
+
+def holders_of(module: torch.nn.Module) -> list[str]:
+    """Names of the children, at any depth, on the way from a component to its lists of layers."""
+    if any(_is_list(child) for child in module.children()):
+        return []
+    return [
+        found
+        for name, child in module.named_children()
+        if blocks_of(child)
+        for found in (name, *holders_of(child))
+    ]
+
+
+def _is_list(module: torch.nn.Module) -> bool:
+    import torch
+    from torch.nn.utils.parametrize import ParametrizationList
+
+    lists = torch.nn.ModuleList | torch.nn.Sequential
+    return isinstance(module, lists) and not isinstance(module, ParametrizationList)
+
+
+def _members(module: torch.nn.Module) -> list[torch.nn.Module]:
+    return [part for child in module.children() for part in (_members(child) if _is_list(child) else [child])]
+
+
+def linear_layers(module: torch.nn.Module) -> Iterator[torch.nn.Linear]:
+    """Linear layers whose weight no other layer holds, too: int8 can make it small."""
     import torch
 
-    found: list[torch.nn.Module] = []
-    for child in module.children():
-        is_list = isinstance(child, torch.nn.ModuleList | torch.nn.Sequential)
-        found += list(child) if is_list else blocks_of(child)
-    return found
+    layers = [m for m in module.modules() if isinstance(m, torch.nn.Linear)]
+    others = (m for m in module.modules() if not isinstance(m, torch.nn.Linear))
+    shared = {id(t) for m in others for t in m.parameters(recurse=False)}
+    yield from (layer for layer in layers if id(layer.weight) not in shared)
+
+
+def _linear(module: torch.nn.Module) -> list[torch.Tensor]:
+    return list({id(layer.weight): layer.weight for layer in linear_layers(module)}.values())
+
+
+def leaf_classes() -> tuple[type[torch.nn.Module], ...]:
+    """Layers that are streamed with all they hold: weight and bias, also where both are parametrized.
+
+    As diffusers has them (`hooks/_common.py`); of any other module the tensors of its own are a piece.
+    """
+    from torch import nn
+
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    return (*convolutions, *transposed, nn.Linear, nn.Embedding)
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters and buffers, each once."""
     yield from module.parameters()
     yield from {id(b): b for b in module.buffers()}.values()
 
@@ -122,3 +201,36 @@ def as_json(footprints: Mapping[str, Footprint]) -> str:
     """What `shipped` reads."""
     plain = {name: [asdict(c) for c in f.components] for name, f in footprints.items()}
     return json.dumps(plain, indent=1) + "\n"
+
+
+def counted(card: Card, package: str) -> dict[str, Footprint]:
+    """Footprints by repository, from the configs in an engine's folder.
+
+    A checkpoint without configs there is counted from its own, once it is on this machine.
+    """
+    from core.engines.quirks import mend_torchaudio
+
+    mend_torchaudio()
+    engine = importlib.import_module(f"{package}.engine").ENGINE
+    folders = {c.repository: folder_of(package) / CONFIGS / c.folder for c in card.checkpoints}
+    return {
+        repository: measure(engine.skeleton(folder), card.whole)
+        for repository, folder in folders.items()
+        if folder.is_dir()
+    }
+
+
+def folder_of(package: str) -> Path:
+    return Path(importlib.import_module(package).__path__[0])
+
+
+def _write_all() -> None:
+    catalog = Catalog()
+    for card in catalog.cards():
+        package = catalog.package(card.id)
+        if card.has_weights:
+            (folder_of(package) / FILE).write_text(as_json(counted(card, package)), "utf-8")
+
+
+if __name__ == "__main__":
+    _write_all()

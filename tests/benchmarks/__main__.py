@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 
-NAMES = ("overhead", "switches", "cancel", "startup", "responsive", "order")
+NAMES = ("overhead", "switches", "cancel", "startup", "responsive", "order", "loading")
 
 
 def main(names: list[str]) -> int:

@@ -213,7 +213,7 @@ def test_release_leaves_no_parameter_alive() -> None:
     try:
         made = load("mms", miniature("mms"))
         say(made, "Hello.")
-        alive = [weakref.ref(p) for module in made.modules() for p in module.parameters()]
+        alive = [weakref.ref(p) for module in made.components().values() for p in module.parameters()]
         made.close()
         vars(made).clear()
         gc.collect()
@@ -316,5 +316,5 @@ def test_speaks_from_a_checkpoint_that_others_made(other_checkpoint: Path) -> No
 
 def test_speaks_in_full_precision_even_where_half_is_planned() -> None:
     made = load("mms", miniature("mms"), dtype="bfloat16")
-    assert {p.dtype for module in made.modules() for p in module.parameters()} == {torch.float32}
+    assert {p.dtype for module in made.components().values() for p in module.parameters()} == {torch.float32}
     np.testing.assert_array_equal(say(made, TEXT).samples, say(load("mms", miniature("mms")), TEXT).samples)

@@ -278,7 +278,7 @@ def test_release_leaves_no_parameter_alive() -> None:
         speak(engine)
         with pytest.raises(Cancelled):
             speak(engine, run=RecordingRun(0, stop_after=0))
-        alive = [weakref.ref(p) for module in engine.modules() for p in module.parameters()]
+        alive = [weakref.ref(p) for module in engine.components().values() for p in module.parameters()]
         assert len(alive) > 50
         engine.close()
         vars(engine).clear()

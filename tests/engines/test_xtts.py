@@ -65,7 +65,7 @@ def speak(
 
 
 def model_of(engine: Engine) -> library.Xtts:
-    return next(engine.modules()).synthesizer.tts_model
+    return engine.tts.synthesizer.tts_model
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -330,7 +330,7 @@ def test_release_leaves_no_parameter_alive(voice: Path) -> None:
         speak(engine, voice=voice)
         with pytest.raises(Cancelled):
             speak(engine, run=RecordingRun(0, stop_after=3))
-        alive = [weakref.ref(p) for module in engine.modules() for p in module.parameters()]
+        alive = [weakref.ref(p) for module in engine.components().values() for p in module.parameters()]
         assert len(alive) > 100
         engine.close()
         vars(engine).clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AutoConfig, AutoProcessor, BarkConfig, BarkModel
+from transformers import AutoConfig, AutoModelForTextToWaveform, AutoProcessor, BarkConfig, BarkModel
 
 from core.engines.bark.card import CARD, BarkOptions, preset, voices
 from core.engines.bark.stages import Stages, Voice
 from core.engines.base import Engine, Placement, Run
+from core.engines.loading import load_pretrained, skeleton
+from core.engines.quirks import works_on
 from core.engines.speaking import join, split_sentences
 from core.errors import WeightsError
 from core.media import Audio
@@ -39,18 +42,27 @@ class BarkEngine(Engine):
             raise WeightsError(f"The folder holds a checkpoint of {config.model_type!r}, not of Bark.")
         self.weights = weights
         self.processor = AutoProcessor.from_pretrained(weights)
-        self.model, loaded = BarkModel.from_pretrained(
-            weights, dtype=placement.torch_dtype, output_loading_info=True
+        self.model = load_pretrained(
+            AutoModelForTextToWaveform, weights, dtype=placement.torch_dtype, device=placement.load_device
         )
-        # The library would go on with random numbers in their place.
-        if missing := loaded["missing_keys"] & dict(self.model.named_parameters()).keys():
-            raise WeightsError(
-                f"The checkpoint lacks {len(missing)} of Bark's tensors, {min(missing)} for one."
-            )
         if absent := [name for name in _GENERATION if not hasattr(self.model.generation_config, name)]:
             raise WeightsError(f"generation_config.json of this checkpoint lacks {', '.join(absent)}.")
-        self.model.to(placement.device).eval()
+        self.device = placement.device
+        works_on(self.model, self.device)
+        for stage in (self.model.semantic, self.model.coarse_acoustics, self.model.fine_acoustics):
+            works_on(stage, self.device)
         self.stages = Stages(self.model)
+
+    def components(self) -> Mapping[str, torch.nn.Module]:
+        return _components(self.model) if hasattr(self, "model") else {}
+
+    @staticmethod
+    def skeleton(folder: Path) -> Mapping[str, torch.nn.Module]:
+        config = AutoConfig.from_pretrained(folder)
+        with skeleton():
+            model = BarkModel(config)
+        model.tie_weights()
+        return _components(model)
 
     @torch.inference_mode()
     def generate(self, request: SpeechRequest, options: BarkOptions, run: Run) -> Audio:
@@ -74,15 +86,19 @@ class BarkEngine(Engine):
     ) -> tuple[npt.NDArray[np.float32], Voice | None]:
         """One sentence's waveform (n,), and its tokens as a voice to go on with."""
         stages = self.stages
-        inputs = self.processor(text).to(self.model.device)
-        semantic = stages.semantic(
-            inputs, voice, options.semantic_temperature, options.min_eos_p or None, progress.semantic
-        )
+        inputs = self.processor(text).to(self.device)
+        with self.using("semantic"):
+            semantic = stages.semantic(
+                inputs, voice, options.semantic_temperature, options.min_eos_p or None, progress.semantic
+            )
         if not semantic.shape[1]:
             return np.zeros(0, np.float32), None
-        coarse = stages.coarse(semantic, voice, options.coarse_temperature, progress.coarse)
-        fine = stages.fine(coarse, voice, options.fine_temperature, progress.fine)
-        return stages.decode(fine), stages.as_voice(semantic, coarse, fine)
+        with self.using("coarse"):
+            coarse = stages.coarse(semantic, voice, options.coarse_temperature, progress.coarse)
+        with self.using("fine"):
+            fine = stages.fine(coarse, voice, options.fine_temperature, progress.fine)
+        with self.using("codec"):
+            return stages.decode(fine), stages.as_voice(semantic, coarse, fine)
 
     def _preset(self, options: BarkOptions, language: str) -> Voice | None:
         name = preset(options, language, voices(self.weights))
@@ -90,13 +106,22 @@ class BarkEngine(Engine):
             return None
         try:
             loaded = self.processor("", voice_preset=name)["history_prompt"]
-            voice = {part: tokens.to(self.model.device) for part, tokens in loaded.items()}
+            voice = {part: tokens.to(self.device) for part, tokens in loaded.items()}
             fault = self.stages.fault_of(voice)
         except (OSError, ValueError, TypeError, EOFError) as error:
             fault = " ".join(str(error).split())
         if fault:
             raise WeightsError(f"The voice preset {name!r} of this checkpoint is damaged: {fault}")
         return voice
+
+
+def _components(model: BarkModel) -> dict[str, torch.nn.Module]:
+    return {
+        "semantic": model.semantic,
+        "coarse": model.coarse_acoustics,
+        "fine": model.fine_acoustics,
+        "codec": model.codec_model,
+    }
 
 
 @dataclass

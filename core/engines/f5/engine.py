@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +30,8 @@ from core.engines.f5.card import (
     F5Options,
 )
 from core.engines.f5.reference import as_sentence, prepare, transcribe
+from core.engines.loading import fill, load_parallel, read_ahead, read_tensors, skeleton
+from core.engines.quirks import works_on
 from core.engines.speaking import join, split_sentences
 from core.errors import BadInput, WeightsError
 from core.media import Audio, read_audio
@@ -43,9 +49,12 @@ def _quietly() -> Iterator[None]:
 
 
 with _quietly():
-    from f5_tts.infer.utils_infer import infer_batch_process, load_model, load_vocoder
-    from f5_tts.model import DiT
+    from f5_tts.infer import utils_infer
+    from f5_tts.infer.utils_infer import infer_batch_process
+    from f5_tts.model import CFM, DiT
     from f5_tts.model.modules import vocos_mel_stft_cache
+    from f5_tts.model.utils import get_tokenizer
+    from vocos import Vocos
 
 
 # What a vocoder's config.yaml may call: Vocos imports and calls whatever it names there.
@@ -54,7 +63,10 @@ _VOCODER_CLASSES = {
     "backbone": "vocos.models.VocosBackbone",
     "head": "vocos.heads.ISTFTHead",
 }
-_PREFIX = "ema_model.transformer."
+_VOCODER_FILE = "pytorch_model.bin"
+_AVERAGED = "ema_model."  # of the parameters while training; what speaks
+_PREFIX = _AVERAGED + "transformer."
+_SHAPE_FILE = "config.json"  # arguments of `DiT`, where no weights are at hand whose shapes show them
 _SECONDS_AT_ONCE = 22  # reference and sentence together, as the library's own `infer_process` allows
 _SHORTEST_LIMIT = 20  # characters
 
@@ -68,18 +80,34 @@ class F5Engine(Engine):
         self.whisper = weights / WHISPER_FOLDER
         vocoder = weights / VOCODER_FOLDER
         _check_vocoder(vocoder / "config.yaml")
+        read_ahead([weights / MODEL_FILE, vocoder / _VOCODER_FILE])
         with _quietly():
-            self.vocoder = load_vocoder(is_local=True, local_path=str(vocoder), device=self.device)
-            # Loaded on the CPU, since on a GPU the library decides on half precision by itself.
-            self.model = load_model(
-                DiT,
-                architecture(weights / MODEL_FILE),
-                str(weights / MODEL_FILE),
-                mel_spec_type="vocos",
-                vocab_file=str(weights / VOCABULARY_FILE),
-                device="cpu",
+            loaded = load_parallel(
+                {
+                    "model": lambda: _load_model(weights, self.dtype, placement.load_device),
+                    "vocoder": lambda: _load_vocoder(vocoder, placement.load_device),
+                }
             )
-        self.model.to(self.device, self.dtype).eval()
+        self.model, self.vocoder = loaded["model"], loaded["vocoder"]
+        works_on(self.model, self.device)
+
+    def components(self) -> Mapping[str, torch.nn.Module]:
+        """The flow's transformer and the vocoder; around the former there is nothing that has weights."""
+        return _components(self.model, self.vocoder) if hasattr(self, "model") else {}
+
+    @staticmethod
+    def skeleton(folder: Path) -> Mapping[str, torch.nn.Module]:
+        vocoder = folder / VOCODER_FOLDER / "config.yaml"
+        _check_vocoder(vocoder)
+        weights = folder / MODEL_FILE
+        if weights.is_file():
+            _, tokens = get_tokenizer(str(folder / VOCABULARY_FILE), "custom")
+            shape = architecture(weights) | {"text_num_embeds": tokens}
+        else:
+            shape = json.loads((folder / _SHAPE_FILE).read_text("utf-8"))
+        with skeleton(), _quietly():
+            model = CFM(DiT(**shape, mel_dim=utils_infer.n_mel_channels))
+            return _components(model, Vocos.from_hparams(str(vocoder)))
 
     def generate(self, request: SpeechRequest, options: F5Options, run: Run) -> Audio:
         """Sentences are joined with pauses; the library's cross-fade is for texts cut inside a sentence."""
@@ -98,6 +126,9 @@ class F5Engine(Engine):
             return join([self._speak(s, reference, words, options) for s in sentences], CARD.sample_rate)
         finally:
             hook.remove()
+            # The library keeps the tables of its spectrogram on the device, in a module's variable.
+            vocos_mel_stft_cache.clear()
+            self.model.mel_spec.cpu()
 
     def _speak(self, sentence: str, reference: Audio, words: str, options: F5Options) -> np.ndarray:
         wave, _rate, _mel = next(
@@ -105,8 +136,8 @@ class F5Engine(Engine):
                 (torch.from_numpy(reference.samples)[None], reference.rate),
                 words,
                 [sentence],  # several would run in threads at once
-                self.model,
-                self.vocoder,
+                _Moved(self.model.sample, partial(self.using, "transformer")),
+                _Moved(self.vocoder.decode, partial(self.using, "vocoder")),
                 progress=None,
                 nfe_step=options.steps,
                 cfg_strength=options.cfg_strength,
@@ -137,9 +168,61 @@ class F5Engine(Engine):
         bytes_at_once = pace * (_SECONDS_AT_ONCE - reference.seconds)
         return max(_SHORTEST_LIMIT, int(bytes_at_once * len(text) / len(text.encode())))
 
-    def close(self) -> None:
-        # The library keeps its spectrogram transforms, one for each device, in a module's variable.
-        vocos_mel_stft_cache.clear()
+
+class _Moved:
+    """Stands for a model: its one method that the library calls, with the model on the device meanwhile."""
+
+    def __init__(self, call: Callable[..., Any], using: Callable[[], AbstractContextManager[None]]) -> None:
+        self._call = call
+        self._using = using
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._using():
+            return self._call(*args, **kwargs)
+
+    sample = decode = __call__
+
+
+def _components(model: CFM, vocoder: Vocos) -> dict[str, torch.nn.Module]:
+    return {"transformer": model.transformer, "vocoder": vocoder}
+
+
+def _load_model(weights: Path, dtype: torch.dtype, device: str) -> CFM:
+    """The flow-matching model as the library's `load_model` makes it, which draws random weights first."""
+    letters, count = get_tokenizer(str(weights / VOCABULARY_FILE), "custom")
+    with skeleton():
+        model = CFM(
+            DiT(
+                **architecture(weights / MODEL_FILE),
+                text_num_embeds=count,
+                mel_dim=utils_infer.n_mel_channels,
+            ),
+            mel_spec_kwargs={
+                "n_fft": utils_infer.n_fft,
+                "hop_length": utils_infer.hop_length,
+                "win_length": utils_infer.win_length,
+                "n_mel_channels": utils_infer.n_mel_channels,
+                "target_sample_rate": utils_infer.target_sample_rate,
+                "mel_spec_type": "vocos",
+            },
+            odeint_kwargs={"method": utils_infer.ode_method},
+            vocab_char_map=letters,
+        ).to(dtype)
+    # Beside these the file may hold the training's counters and, from old versions, the spectrogram's tables.
+    kept = {
+        name.removeprefix(_AVERAGED): tensor
+        for name, tensor in read_tensors(weights / MODEL_FILE).items()
+        if name.startswith(_PREFIX)
+    }
+    fill(model, kept, device)
+    return model.eval()
+
+
+def _load_vocoder(folder: Path, device: str) -> Vocos:
+    with skeleton():
+        vocoder = Vocos.from_hparams(str(folder / "config.yaml"))
+    fill(vocoder, read_tensors(folder / _VOCODER_FILE), device)
+    return vocoder.eval()
 
 
 def architecture(file: Path) -> dict[str, int]:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
+from core.engines.loading import load_pretrained
 from core.media import Audio, resample
 
 Samples = npt.NDArray[np.float32]
@@ -47,7 +48,7 @@ def as_sentence(words: str) -> str:
 def transcribe(audio: Audio, whisper: Path, device: str, dtype: torch.dtype) -> str:
     """What a recording says, by a Whisper checkpoint that is loaded for this and dropped again."""
     processor = AutoProcessor.from_pretrained(whisper)
-    model = AutoModelForSpeechSeq2Seq.from_pretrained(whisper, dtype=dtype).to(device).eval()
+    model = load_pretrained(AutoModelForSpeechSeq2Seq, whisper, dtype=dtype, device=device)
     samples = resample(audio, _WHISPER_RATE).samples
     features = processor(samples, sampling_rate=_WHISPER_RATE, return_tensors="pt").input_features
     with torch.inference_mode():

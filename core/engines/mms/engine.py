@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import VitsModel, VitsTokenizer
+from transformers import AutoModelForTextToWaveform, VitsConfig, VitsModel, VitsTokenizer
 from uroman import Uroman
 
 from core.engines.base import Engine, Placement, Run
+from core.engines.loading import load_pretrained, skeleton
 from core.engines.mms.card import MmsOptions, spell
 from core.engines.speaking import speak_by_sentence
 from core.errors import WeightsError
@@ -31,21 +33,27 @@ class Mms(Engine):
         if tokenizer.phonemize:
             raise WeightsError("The checkpoint reads phonemes; MMS voices read letters.")
         # Always float32: in half precision the splines of the durations fail, and the model is small.
-        model, report = VitsModel.from_pretrained(
-            weights, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        model = load_pretrained(
+            AutoModelForTextToWaveform, weights, dtype=torch.float32, device=placement.load_device
         )
-        # transformers would go on with random numbers in the place of what it did not find.
-        if missing := sorted(report["missing_keys"]):
-            raise WeightsError(f"The checkpoint lacks {len(missing)} tensors, such as {missing[0]}.")
         if tokenizer.vocab_size > model.config.vocab_size:
             raise WeightsError(
                 f"The vocabulary has {tokenizer.vocab_size} entries, the model {model.config.vocab_size}; "
                 "they are not of one checkpoint."
             )
         self._tokenizer = tokenizer
-        self._model = model.to(placement.device)
+        self._device = placement.device
+        self._model = model
         # The tokenizer would set up a romanizer for each sentence, which takes seconds.
         self._romanizer = Uroman() if tokenizer.is_uroman else None
+
+    def components(self) -> Mapping[str, torch.nn.Module]:
+        return {"model": self._model} if hasattr(self, "_model") else {}
+
+    @staticmethod
+    def skeleton(folder: Path) -> Mapping[str, torch.nn.Module]:
+        with skeleton():
+            return {"model": VitsModel(VitsConfig.from_pretrained(folder))}
 
     def generate(self, request: SpeechRequest, options: MmsOptions, run: Run) -> Audio:
         self._model.speaking_rate = options.speaking_rate
@@ -65,8 +73,9 @@ class Mms(Engine):
         letters, _ = self._tokenizer.prepare_for_tokenization(text)
         if not letters.strip():
             return np.zeros(0, np.float32)
-        inputs = self._tokenizer(text, return_tensors="pt").to(self._model.device)
-        samples: npt.NDArray[np.float32] = self._model(**inputs).waveform[0].cpu().numpy()
+        inputs = self._tokenizer(text, return_tensors="pt").to(self._device)
+        with self.using("model"):
+            samples: npt.NDArray[np.float32] = self._model(**inputs).waveform[0].cpu().numpy()
         return samples
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from TTS.api import TTS
+from TTS.tts.configs.vits_config import VitsConfig
+from TTS.tts.models.vits import Vits as VitsModel
 
 from core.engines.base import Engine, Placement, Run
+from core.engines.loading import skeleton
+from core.engines.quirks import works_on
 from core.engines.speaking import speak_by_sentence
 from core.engines.vits.card import SPEAKERS_FILE, VitsOptions, speaker_of
 from core.engines.vits.phonemes import installed
@@ -38,7 +43,20 @@ class Vits(Engine):
         model = self.tts.synthesizer.tts_model
         model.disc = None  # the discriminator, more than half of the parameters, serves training only
         self._length_scale = model.length_scale
-        self.tts.to(placement.device)
+        self.tts.to(placement.load_device)
+        works_on(model, placement.device)
+
+    def components(self) -> Mapping[str, torch.nn.Module]:
+        return {"model": self.tts.synthesizer.tts_model} if hasattr(self, "tts") else {}
+
+    @staticmethod
+    def skeleton(folder: Path) -> Mapping[str, torch.nn.Module]:
+        settings = _relocated(folder)
+        settings["model_args"]["init_discriminator"] = False
+        config = VitsConfig()
+        config.from_dict(settings)
+        with skeleton(), installed():
+            return {"model": VitsModel(config)}
 
     def generate(self, request: SpeechRequest, options: VitsOptions, run: Run) -> Audio:
         model = self.tts.synthesizer.tts_model
@@ -50,7 +68,8 @@ class Vits(Engine):
         def speak(sentence: str) -> npt.NDArray[np.float32]:
             if not any(character.isalnum() for character in sentence):
                 return np.zeros(0, np.float32)  # a lone dash has no phonemes, which the library cannot take
-            waveform: npt.NDArray[np.float32] = model.synthesize(sentence, speaker=speaker)["wav"]
+            with self.using("model"):
+                waveform: npt.NDArray[np.float32] = model.synthesize(sentence, speaker=speaker)["wav"]
             return waveform
 
         with torch.inference_mode():

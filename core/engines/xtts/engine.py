@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,13 @@ import numpy.typing as npt
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from TTS.api import TTS
+from TTS.tts.configs.xtts_config import XttsConfig
+from TTS.tts.layers.xtts.tokenizer import VoiceBpeTokenizer
+from TTS.tts.models.xtts import Xtts as XttsModel
 
 from core.engines.base import Engine, Placement, Run
+from core.engines.loading import skeleton
+from core.engines.quirks import works_on
 from core.engines.speaking import PAUSE_SECONDS, join, split_sentences
 from core.engines.xtts.card import CARD, XttsOptions
 from core.errors import BadInput, WeightsError
@@ -44,7 +49,24 @@ class Xtts(Engine):
             except (KeyError, RuntimeError) as error:
                 reason = " ".join(str(error).split())[:300]
                 raise WeightsError(f"model.pth is damaged or foreign: {reason}") from error
-        self.tts.to(placement.device)
+        self.tts.to(placement.load_device)
+        works_on(self._model, placement.device)
+        works_on(self._model.gpt.gpt_inference, placement.device)
+
+    def components(self) -> Mapping[str, torch.nn.Module]:
+        return _components(self._model) if hasattr(self, "tts") else {}
+
+    @staticmethod
+    def skeleton(folder: Path) -> Mapping[str, torch.nn.Module]:
+        config = XttsConfig()
+        config.load_json(str(folder / "config.json"))
+        with skeleton():
+            model = XttsModel(config)
+            if (folder / "vocab.json").is_file():
+                model.tokenizer = VoiceBpeTokenizer(vocab_file=folder / "vocab.json")
+                model.init_models()
+            model.gpt.init_gpt_for_inference()
+        return _components(model)
 
     @property
     def _model(self) -> Any:
@@ -56,8 +78,22 @@ class Xtts(Engine):
         sentences = self._sentences(request.text, language)
         progress = _Progress(run, [self._expected_tokens(s, language) for s in sentences])
         run.check()
-        latents, embedding = self._voice(request, options)
+        with self.using("gpt", "decoder"):  # the decoder speaks while the GPT still thinks
+            voice = self._voice(request, options)
+            spoken = self._speak(sentences, language, voice, options, progress, run)
+        return join([np.concatenate(spoken)] if spoken else [], rate)
 
+    def _speak(
+        self,
+        sentences: list[str],
+        language: str,
+        voice: tuple[torch.Tensor, torch.Tensor],
+        options: XttsOptions,
+        progress: _Progress,
+        run: Run,
+    ) -> list[npt.NDArray[np.float32]]:
+        """Pieces of samples as they come, pauses between the sentences among them."""
+        rate = self._model.config.audio.output_sample_rate
         spoken: list[npt.NDArray[np.float32]] = []
         for sentence in sentences:
             if spoken:
@@ -66,8 +102,7 @@ class Xtts(Engine):
             stream = self._model.inference_stream(
                 sentence,
                 language,
-                latents,
-                embedding,
+                *voice,
                 stream_chunk_size=options.chunk_tokens,
                 temperature=options.temperature,
                 repetition_penalty=options.repetition_penalty,
@@ -81,7 +116,7 @@ class Xtts(Engine):
                     spoken.append(piece.float().cpu().numpy().copy())
                     run.chunk(Audio(spoken[-1], rate))
             progress.next_sentence()
-        return join([np.concatenate(spoken)] if spoken else [], rate)
+        return spoken
 
     def _voice(self, request: SpeechRequest, options: XttsOptions) -> tuple[torch.Tensor, torch.Tensor]:
         """What the GPT, (1, 32, channels), and the decoder, (1, 512, 1), know of the voice."""
@@ -119,6 +154,15 @@ class Xtts(Engine):
     def _expected_tokens(self, sentence: str, language: str) -> int:
         full = self._model.gpt.max_gen_mel_tokens
         return max(1, round(_USUAL_SHARE * full * len(sentence) / self._character_limit(language)))
+
+
+def _components(model: XttsModel) -> dict[str, torch.nn.Module]:
+    # What generates tokens holds the very layers of `gpt` under other names: no part of it, only a user.
+    # Found twice, they would be planned and moved twice.
+    for owner, name in ((model.gpt, "gpt_inference"), (model.gpt.gpt, "wte")):
+        if name in owner._modules:
+            vars(owner)[name] = owner._modules.pop(name)
+    return {"gpt": model.gpt, "decoder": model.hifigan_decoder}
 
 
 class _Progress(StoppingCriteria):
