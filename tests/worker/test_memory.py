@@ -87,7 +87,7 @@ def test_coming_back_reads_no_file(stage, gpu, settings):
 
 
 def test_engines_that_take_turns_on_a_small_card_stay_within_it_and_lose_nothing(settings, tmp_path):
-    alone, sizes = {}, {}
+    alone, sizes, parked = {}, {}, set()
     with card(400 * MIB) as gpu:
         stage = staged(settings, tmp_path)
         for engine in ("mms", "vits", "bark"):
@@ -103,8 +103,9 @@ def test_engines_that_take_turns_on_a_small_card_stay_within_it_and_lose_nothing
             assert finished.placement["strategy"] == "resident" and gpu.peak <= gpu.total
             loaded = sum(sizes[e] for e, state in states(stage).items() if state == "loaded")
             assert 0 <= gpu.used - loaded <= WINDOW
+            parked |= set(stage.host.residency.parked)
         assert set(states(stage)) == {"mms", "vits", "bark"} and clean(stage)
-        assert states(stage)["bark"] == "parked"
+        assert parked, "nobody had to leave"
 
 
 def test_what_another_process_takes_counts_in_every_plan(stage, gpu):
