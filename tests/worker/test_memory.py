@@ -207,7 +207,7 @@ def test_a_budget_is_the_card_and_can_be_changed_while_engines_are_loaded(gpu, s
     assert stage.host.pulse().device_total == 300 * MIB
     one = max(h.device_bytes for h in stage.host.residency.inventory())
     stage.host.set_budget(one)
-    assert states(stage) == {"vits": "loaded", "mms": "parked"} and gpu.used <= one
+    assert states(stage) == {"vits": "loaded", "mms": "parked"} and gpu.used <= one + WINDOW
     assert gpu.share == pytest.approx(one / gpu.total)
     stage.host.set_budget(1000)
     assert set(states(stage).values()) == {"parked"} and gpu.used <= WINDOW
