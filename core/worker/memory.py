@@ -273,8 +273,7 @@ def _claim(rung: Rung, demand: Demand) -> Claim:
     elif at.strategy == "model_offload":
         idle = Bytes(0, rung.ram_bytes)
     else:
-        whole = sum(c.bytes(at.dtype) for c in size.components if c.whole)
-        idle = Bytes(whole, rung.ram_bytes)
+        idle = Bytes(sum(c.staying(at.dtype) for c in size.components), rung.ram_bytes)
     return Claim(busy, idle, parked=Bytes(0, weights))
 
 
