@@ -193,7 +193,9 @@
     const all = `${words} of ${limit.toLocaleString("en")}`;
     return characters > limit ? `<span class="over">${all}</span>` : all;
   }
-  window.soundstage = { count, streams };
+  // For changes that no event of the browser tells of: a text that was filled in.
+  const changed = () => document.dispatchEvent(new Event("soundstage-changed"));
+  window.soundstage = { changed, count, streams };
 
   document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {

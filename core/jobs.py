@@ -220,6 +220,18 @@ class Jobs:
     def waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def idle(self) -> bool:
+        with self._lock:
+            return self._running is None and not self._waiting
+
+    def use_of(self, engine: str) -> Literal["running", "waiting"] | None:
+        """Whether a job runs on this engine, or waits for it."""
+        with self._lock:
+            if self._running and self._running.order.engine == engine:
+                return "running"
+            return "waiting" if any(job.order.engine == engine for job in self._waiting) else None
+
     def listen(self, visitor: str, callback: Callable[[], object]) -> Callable[[], None]:
         """Call `callback`, from any thread, whenever a job of this visitor may look different.
 

@@ -83,6 +83,9 @@ class Settings(BaseSettings):
     )
     heartbeat_limit: float = Field(60.0, gt=0, description="seconds without a sign of the worker process")
     start_limit: float = Field(300.0, gt=0, description="the same while it starts and imports its libraries")
+    leave_seconds: float = Field(
+        60.0, gt=0, description="seconds after which engines are given back whose tab no open page shows"
+    )
     patience: int = Field(4, ge=0, description="times a job may be passed over for the loaded engine")
     turn_seconds: float = Field(
         3.0,

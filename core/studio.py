@@ -3,33 +3,56 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import tempfile
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from filelock import FileLock
 
 from core import takes, weights
-from core.card import Ability, Card, Checkpoint, Modality, Options
+from core.card import Ability, Card, Checkpoint, Modality, Options, Strategy
 from core.catalog import Catalog
 from core.errors import BadInput, DoesNotFit, SoundstageError
 from core.events import Finished
 from core.forecast import Forecast, in_a_sentence, working_memory
 from core.jobs import Job, Jobs
 from core.media import room_for
+from core.presence import Presence
 from core.requests import Order, check, parse_options
 from core.settings import Settings
 from core.takes import Pace, Take, Takes
 from core.worker.footprint import shipped
-from core.worker.placement import Demand, Room, in_words, plan, working_bytes
+from core.worker.messages import Held
+from core.worker.placement import NAMES, Demand, Room, in_words, plan, size, working_bytes
 from core.worker.process import InlineWorker, Pulse, Released, RunJob, State, Worker, WorkerProcess
+
+log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 2.0  # a watcher wakes at least this often
 SETTLE_SECONDS = 0.15  # events that come together wake a watcher once
+TIDY_SECONDS = 1.0  # how often the studio looks for engines whose tab everyone left
+ASK_AGAIN_SECONDS = 30.0  # an engine that was asked to go and is still there may be asked again
+
+
+@dataclass(frozen=True)
+class Holding:
+    """One engine in memory, for the page. Bytes."""
+
+    engine: str
+    name: str
+    state: Literal["in use", "loaded", "parked"]
+    device_bytes: int
+    ram_bytes: int
+    idle_seconds: float
+    words: str  # where its components are
+    kept: str  # why it cannot be unloaded now, in a sentence; empty: it can
 
 
 @dataclass(frozen=True)
@@ -44,6 +67,11 @@ class Status:
     queue: int
     loaded: tuple[str, ...]  # names of engines
     worker: State
+    held: tuple[Holding, ...]  # most recently used first
+    memory_free: int  # on the device, within the budget
+    ram_free: int
+    one_memory: bool  # the device's memory is RAM
+    leak: str  # the last release that left something behind, in a sentence
 
 
 @dataclass(frozen=True)
@@ -80,6 +108,8 @@ class Studio:
         self.hub.probe()
         self.takes = Takes(self.settings.takes_folder)
         self.licences = weights.Licences(self.settings.home, self.settings.accept_licences)
+        self._presence = Presence(self.settings.leave_seconds)
+        self._asked_to_go: dict[str, float] = {}  # engine -> when, time.monotonic()
         self._worker: Worker = (
             InlineWorker(self.settings) if self.settings.inline else WorkerProcess(self.settings)
         )
@@ -94,9 +124,14 @@ class Studio:
             turn_seconds=self.settings.turn_seconds,
             limit=self.settings.jobs_per_visitor,
         )
+        self._closed = threading.Event()
+        self._tidier = threading.Thread(target=self._tidy, name="tidier", daemon=True)
+        self._tidier.start()
 
     def close(self) -> None:
+        self._closed.set()
         self._worker.close()
+        self._tidier.join(2)
         self.takes.close()
 
     # Engines and weights
@@ -335,11 +370,108 @@ class Studio:
     def as_csv(self, take_ids: Sequence[str], visitor: str) -> str:
         return takes.as_csv([self.take(i, visitor) for i in take_ids])
 
-    # The server
+    # Memory
 
     def unload(self, engine: str = "") -> None:
-        """Release one engine's memory, or all."""
-        self._worker.unload(engine)
+        """Release one engine's memory, or all; what a job uses or waits for stays."""
+        if engine:
+            wanted = {engine}
+        elif self._jobs.idle:
+            wanted = {""}  # all of them: the last pulse may not know of one yet
+        else:
+            wanted = {held.engine for held in self._held()}
+        for one in wanted:
+            if not self._jobs.use_of(one):
+                self._ask_to_go(one)
+
+    def visit(self, page: str, tab: Modality) -> None:
+        """An open page shows this tab: to be said when it opens or changes tabs, and now and then after."""
+        self._presence.visit(page, tab)
+
+    def leave(self, page: str) -> None:
+        """A page was closed."""
+        self._presence.leave(page)
+
+    def placements(self, engines: Iterable[str]) -> dict[Strategy, str]:
+        """The ways to run that all of these engines allow, with their names for people.
+
+        Engines without weights have no say.
+        """
+        cards = [card for card in map(self.catalog.card, engines) if card.has_weights]
+        common = [s for s in NAMES if cards and all(s in card.strategies for card in cards)]
+        if self._on_cpu:
+            common = [strategy for strategy in common if strategy != "cpu"]  # it is resident there
+        return {strategy: NAMES[strategy] for strategy in common}
+
+    @property
+    def _on_cpu(self) -> bool:
+        pulse = self._worker.pulse
+        return pulse is None or pulse.device_name == "cpu"
+
+    def _tidy(self) -> None:
+        while not self._closed.wait(TIDY_SECONDS):
+            try:
+                self._give_back_what_was_left()
+            except Exception:  # without this thread, nothing would be given back any more
+                log.exception("looking for engines to give back failed")
+
+    def _give_back_what_was_left(self) -> None:
+        """Let engines go that served only tabs which everyone left, and no job since."""
+        left = self._presence.left()
+        for held in self._held() if left else ():
+            on_device = held.state == "loaded" and (held.device_bytes or not held.ram_bytes)
+            unused = on_device and held.idle_seconds >= self.settings.leave_seconds
+            if (
+                unused
+                and self.catalog.card(held.engine).modality in left
+                and not self._jobs.use_of(held.engine)
+                and held.engine not in self._going()
+            ):
+                # Its weights wait in host memory, where there is room; one without any has nothing to keep.
+                self._ask_to_go(held.engine, park=bool(held.device_bytes))
+
+    def _ask_to_go(self, engine: str, park: bool = False) -> None:
+        self._asked_to_go[engine] = time.monotonic()
+        self._worker.unload(engine, park)
+
+    def _going(self) -> frozenset[str]:
+        """Engines that were asked to go and are still there: a worker at work first ends its job."""
+        now, busy = time.monotonic(), self._worker.state == "busy"
+        there = {h.engine for h in self._held() if h.state != "parked"}
+        for engine, asked in list(self._asked_to_go.items()):
+            if engine not in there or (now - asked > ASK_AGAIN_SECONDS and not busy):
+                self._asked_to_go.pop(engine, None)
+        return frozenset(self._asked_to_go)
+
+    def _held(self) -> tuple[Held, ...]:
+        pulse = self._worker.pulse
+        return pulse.held if pulse else ()
+
+    def _holding(self, held: Held, going: frozenset[str]) -> Holding:
+        use = "running" if held.state == "in use" else self._jobs.use_of(held.engine)
+        kept = {"running": "A job is using it.", "waiting": "A job waits for it."}.get(use or "", "")
+        if not kept and held.engine in going:
+            kept = "It goes as soon as the job in progress is over."
+        return Holding(
+            engine=held.engine,
+            name=self.catalog.card(held.engine).name,
+            state=held.state,
+            device_bytes=held.device_bytes,
+            ram_bytes=held.ram_bytes,
+            idle_seconds=held.idle_seconds,
+            words=held.words,
+            kept=kept,
+        )
+
+    def _leak(self) -> str:
+        leak = next((r for r in reversed(tuple(self.releases)) if not r.clean), None)
+        if leak is None:
+            return ""
+        what = size(leak.device_bytes_left) if leak.device_bytes_left else f"{leak.alive} of its tensors"
+        mended = "" if self.settings.inline else "; the worker was restarted to give that back"
+        return f"{self.catalog.card(leak.engine).name} left {what} behind when it was unloaded{mended}."
+
+    # The server
 
     @property
     def pulse(self) -> Pulse | None:
@@ -353,7 +485,7 @@ class Studio:
 
     def status(self) -> Status:
         pulse = self._worker.pulse
-        names = {card.id: card.name for card in self.cards()}
+        names, going = {card.id: card.name for card in self.cards()}, self._going()
         return Status(
             device=pulse.device if pulse else "",
             memory_used=pulse.device_used if pulse else 0,
@@ -363,6 +495,11 @@ class Studio:
             queue=self._jobs.waiting,
             loaded=tuple(names.get(e, e) for e in pulse.loaded) if pulse else (),
             worker=self._worker.state,
+            held=tuple(self._holding(held, going) for held in self._held()),
+            memory_free=pulse.device_free if pulse else 0,
+            ram_free=pulse.ram_free if pulse else 0,
+            one_memory=pulse is None or pulse.device_name in ("cpu", "mps"),
+            leak=self._leak(),
         )
 
     def secret(self) -> str:

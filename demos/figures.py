@@ -9,6 +9,7 @@ from babel import Locale
 
 _ENGLISH = Locale("en")
 _NONE = "–"
+_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 def seconds(value: float | None) -> str:
@@ -29,11 +30,21 @@ def size(value: float | None) -> str:
     """Bytes in the unit that keeps the number short: `412 MiB`, `1.9 GiB`."""
     if value is None:
         return _NONE
-    for unit, base in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+    for unit, base in _UNITS:
         if value >= base:
             amount = value / base
             return f"{amount:.1f} {unit}" if amount < 10 else f"{amount:.0f} {unit}"
     return f"{value:.0f} B"
+
+
+def course(*values: float | None) -> str:
+    """Bytes at several moments, in the unit of the largest: `0.4 → 1.9 → 1.2 GiB`."""
+    if any(value is None for value in values) or not values:
+        return _NONE
+    most = max(value or 0 for value in values)
+    unit, base = next(((u, b) for u, b in _UNITS if most >= b), ("B", 1))
+    digits = 1 if base > 1 and most / base < 10 else 0
+    return f"{' → '.join(f'{(value or 0) / base:.{digits}f}' for value in values)} {unit}"
 
 
 def factor(value: float | None) -> str:

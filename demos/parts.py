@@ -21,6 +21,31 @@ element.addEventListener('click', (event) => {
   if (deed && !deed.disabled) trigger('select', { act: deed.dataset.act, id: deed.dataset.id });
 });
 """
+# A button that opens a sheet. What is open is known here only: the server changes `face` and `content`.
+_SHEET = """
+const button = () => element.querySelector('[aria-expanded]');
+const sheet = () => element.querySelector('.sheet');
+element.addEventListener('click', (event) => {
+  if (event.target.closest('[aria-expanded]')) props.value = !props.value;
+});
+element.addEventListener('keydown', (event) => {
+  if (event.key !== 'Escape' || !props.value) return;
+  props.value = false;
+  button().focus();
+});
+document.addEventListener('click', (event) => {
+  if (props.value && !event.composedPath().includes(element)) props.value = false;
+});
+// A row may go with the button in it that was just pressed: the focus stays in the sheet.
+let within = false;
+element.addEventListener('focusin', () => (within = true));
+document.addEventListener('focusin', (event) => (within = element.contains(event.target)));
+document.addEventListener('pointerdown', (event) => (within = event.composedPath().includes(element)));
+new MutationObserver(() => {
+  const lost = document.activeElement === document.body || document.activeElement?.disabled;
+  if (within && props.value && lost) sheet().focus();
+}).observe(element, { childList: true, subtree: true, attributeFilter: ['disabled'] });
+"""
 _CHOICE = """
 element.addEventListener('change', () => {
   props.value = [...element.querySelectorAll('input:checked')].map((box) => box.value);
@@ -31,6 +56,27 @@ element.addEventListener('change', () => {
 def pane(value: str = "", **settings: Any) -> gr.HTML:
     """HTML that Python renders; Gradio changes only the nodes that differ, so a player goes on playing."""
     return gr.HTML(value, js_on_load=_ACTS, apply_default_css=False, **settings)
+
+
+def sheet_button(face: str, content: str, sheet_id: str, **settings: Any) -> gr.HTML:
+    """A button with a sheet below it, which Escape and a press elsewhere close.
+
+    Its props `face` and `content` are the HTML of the two; presses in the sheet act as in a `pane`.
+    """
+    return gr.HTML(
+        False,
+        html_template=(
+            f'<button type="button" class="chip opener" aria-expanded="${{value}}" '
+            f'aria-controls="{sheet_id}">${{face}}</button>'
+            f'<section class="sheet" id="{sheet_id}" tabindex="-1" aria-labelledby="{sheet_id}-title" '
+            '${value ? "" : "hidden"}>${content}</section>'
+        ),
+        js_on_load=_ACTS + _SHEET,
+        apply_default_css=False,
+        face=face,
+        content=content,
+        **settings,
+    )
 
 
 def engine_picker(cards: Sequence[Card], chosen: Sequence[str], **settings: Any) -> gr.HTML:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import json
 import secrets
 import tempfile
@@ -32,6 +33,7 @@ from demos.views import ASSETS, asset, render
 TAKES_LISTED = 40
 LISTING_SECONDS = 2.0  # how old the list of takes may be while jobs run
 FIRST_CHOICE = 2  # engines chosen when the page opens
+AUTO = "auto"  # the placement that Soundstage chooses
 
 Form = Mapping[Any, Any]  # component -> its value
 
@@ -45,11 +47,12 @@ class SpeechTab:
     """
 
     name = "Speech"
+    modality = Modality.SPEECH
 
     def __init__(self, studio: Studio, visitor: gr.BrowserState) -> None:
         self.studio = studio
         self.visitor = visitor
-        self.cards = {card.id: card for card in studio.cards(Modality.SPEECH)}
+        self.cards = {card.id: card for card in studio.cards(self.modality)}
         self.examples: dict[str, list[str]] = json.loads(asset("examples.json"))
         self.voices: list[dict[str, str]] = json.loads(asset("voices/voices.json"))
         self.sent = gr.State({})  # what this page shows by now, so that only changes travel
@@ -97,6 +100,13 @@ class SpeechTab:
             self.random = gr.Checkbox(
                 True, label="New seed at each press", elem_classes="inline-check", min_width=200
             )
+        self.forecast = gr.HTML(
+            "",
+            html_template='<p aria-live="polite">${value}</p>',
+            js_on_load=_SETTLED,
+            elem_id="forecast",
+            apply_default_css=False,
+        )
         self.alert = pane(elem_id="alert", elem_classes="slot")
         self._build_options(chosen)
         self.status = gr.HTML(
@@ -176,6 +186,14 @@ class SpeechTab:
         self.options: dict[str, dict[str, gr.components.Component]] = {}
         self.option_groups: dict[str, gr.Group] = {}
         with gr.Accordion("Advanced", open=False, elem_id="advanced"):
+            self.placement = gr.Dropdown(
+                self._placements(chosen),
+                value=AUTO,
+                label="Placement of weights",
+                info="Where they go while an engine works; Auto takes the fastest way that fits.",
+                filterable=False,
+                elem_id="placement",
+            )
             for card in self.cards.values():
                 with gr.Group(visible=_shown(card.id in chosen), elem_classes="options") as group:
                     gr.HTML(render("options_title", card=card), apply_default_css=False)
@@ -215,14 +233,25 @@ class SpeechTab:
             [ready, slow_tick, self.language.change, self.picker.change, self.voice.change],
             self._fit,
             [self.picker, self.language, self.voice, self.accepted, self.sent],
-            [self.picker, self.licences, self.banner, *self.option_groups.values()],
+            [self.picker, self.licences, self.banner, self.placement, *self.option_groups.values()],
             trigger_mode="always_last",
             **quiet,
         )
         form = {
             self.visitor, self.text, self.language, self.picker, self.voice, self.voice_text, self.consent,
-            self.seed, self.random, self.licences, *(c for o in self.options.values() for c in o.values()),
+            self.seed, self.random, self.licences, self.placement,
+            *(c for o in self.options.values() for c in o.values()),
         }  # fmt: skip
+        self.text.change(None, js="() => soundstage.changed()")
+        gr.on(
+            [ready, slow_tick, self.forecast.select],
+            self._foretell,
+            form,
+            self.forecast,
+            queue=False,
+            trigger_mode="always_last",
+            **quiet,
+        )
         self.speak.click(self._speak, form, [self.alert, self.seed, self.nudge], **quiet)
         self.stop.click(self._stop, self.visitor, self.nudge, **quiet)
         act_on([*self.tracks, self.takes], self._act, self.visitor, [self.alert, self.nudge])
@@ -265,7 +294,7 @@ class SpeechTab:
     def _fit(
         self, chosen: list[str], language: str, voice: str | None, accepted: list[str], sent: dict[str, Any]
     ) -> list[Any]:
-        """Bring the picker, the licence boxes, the banner and the option groups up to date."""
+        """Bring the picker, the licence boxes, the banner and what is under Advanced up to date."""
         planned = plans(self.studio, self.cards)
         hindrances = {card.id: hindrance(card, language, bool(voice)) for card in self.cards.values()}
         content = engines(list(self.cards.values()), chosen, hindrances, planned)
@@ -275,11 +304,12 @@ class SpeechTab:
             value=[engine for engine in needed if engine in accepted],
             visible=bool(needed),
         )
-        notice = banner(self.cards, planned)
+        notice, ways = banner(self.cards, planned), self._placements(chosen)
         return [
             _changed(sent, "picker", content, lambda: gr.HTML(content=content)),
             _changed(sent, "licences", list(needed), lambda: boxes),
             _changed(sent, "banner", notice, lambda: notice),
+            _changed(sent, "placements", ways, lambda: gr.Dropdown(ways, value=AUTO)),
             *(
                 _changed(
                     sent,
@@ -291,7 +321,18 @@ class SpeechTab:
             ),
         ]
 
+    def _placements(self, chosen: Sequence[str]) -> list[tuple[str, str]]:
+        """The ways to run that all chosen engines allow, as names and values."""
+        ways = self.studio.placements(chosen)
+        return [("Auto", AUTO), *((name[:1].upper() + name[1:], way) for way, name in ways.items())]
+
     # Press and watch
+
+    def _foretell(self, form: Form) -> str:
+        """What a press would cost, in a line; empty where nothing is known or there is nothing to say."""
+        if not (form[self.text] or "").strip():
+            return ""
+        return html.escape(self.studio.forecast_line(self._orders(form, seed=0)))
 
     def _speak(self, form: Form) -> tuple[str, Any, Any]:
         seed = _new_seed() if form[self.random] or form[self.seed] is None else int(form[self.seed])
@@ -316,6 +357,10 @@ class SpeechTab:
             consent=bool(voice and form[self.consent]),
         )
         group = secrets.token_hex(8)
+        ways = self.studio.placements(
+            form[self.picker]
+        )  # engines chosen just now may not allow the one shown
+        forced = next((way for way in ways if way == form[self.placement]), None)
         return [
             Order(
                 engine=card.id,
@@ -324,6 +369,7 @@ class SpeechTab:
                 seed=seed,
                 weights=self.studio.settings.weights,
                 accepted=frozenset(form[self.licences] or ()),
+                forced=forced,
                 group=group,
             )
             for card in self.cards.values()
@@ -376,7 +422,7 @@ class SpeechTab:
         sent["whole"] = True
 
     def _takes(self, visitor: str) -> list[Take]:
-        kept = self.studio.list_takes(visitor, Modality.SPEECH, TAKES_LISTED)
+        kept = self.studio.list_takes(visitor, self.modality, TAKES_LISTED)
         return [take for take in kept if take.engine in self.cards]  # an engine may have been removed
 
     def _view(self, jobs: Sequence[Job], listing: _Listing, sent: dict[str, Any]) -> list[Any]:
@@ -425,6 +471,17 @@ element.addEventListener('click', (event) => {
   const chip = event.target.closest('[data-pick]');
   if (chip) trigger('select', { id: chip.dataset.pick });
 });
+"""
+
+
+# Once the form has rested for a moment, ask anew what a press would cost.
+_SETTLED = """
+let resting;
+const changed = () => {
+  clearTimeout(resting);
+  resting = setTimeout(() => trigger('select', {}), 600);
+};
+for (const kind of ['input', 'change', 'soundstage-changed']) document.addEventListener(kind, changed);
 """
 
 

@@ -104,7 +104,7 @@ def waveform(peaks: Sequence[Sequence[float]]) -> str:
 def facts(take: Take) -> list[tuple[str, str]]:
     """What a run cost, as name and figure."""
     cost: Mapping[str, Any] = take.measurements
-    device = None if take.placement.get("device") == "cpu" else cost.get("device_peak_bytes")
+    one_memory = take.placement.get("device") == "cpu"  # then what was measured of the device is RAM
     return [
         ("Duration", figures.seconds(cost.get("audio_seconds"))),
         ("First sound", figures.seconds(cost.get("first_audio_seconds"))),
@@ -114,10 +114,15 @@ def facts(take: Take) -> list[tuple[str, str]]:
         ),
         ("Generation", figures.seconds(cost.get("generate_seconds"))),
         ("Real-time factor", figures.factor(cost.get("real_time_factor"))),
-        ("Peak device memory", figures.size(device)),
-        ("Peak RAM", figures.size(cost.get("ram_peak_bytes"))),
+        ("GPU before, peak, after", "–" if one_memory else _course(cost, "device")),
+        ("RAM before, peak, after", _course(cost, "ram")),
+        ("Placement", take.placement.get("words") or take.placement.get("strategy", "–")),
         ("Weights", weights(take)),
     ]
+
+
+def _course(cost: Mapping[str, Any], memory: str) -> str:
+    return figures.course(*(cost.get(f"{memory}_{when}_bytes") for when in ("before", "peak", "after")))
 
 
 def weights(take: Take) -> str:

@@ -33,7 +33,7 @@ from core.events import Chunk, Event, Failed, Finished, Loading, Preview, Step, 
 from core.media import Audio, write_audio
 from core.requests import Order, check, parse_options
 from core.settings import Settings
-from core.worker.devices import Device, ram_peak, ram_total, ram_used, reset_ram_peak
+from core.worker.devices import Device, ram_available, ram_peak, ram_total, ram_used, reset_ram_peak
 from core.worker.memory import Loan, Memory, RanOut, Wanted, in_short, is_out_of_memory
 from core.worker.messages import (
     Budget,
@@ -190,6 +190,7 @@ class Host:
             loaded=self.residency.loaded,
             held=self.residency.inventory(),
             device_free=self.memory.free(),
+            ram_free=ram_available(),
             ready=self._warm,
             parked=self.residency.parked,
             ram_held=self.residency.held.ram,

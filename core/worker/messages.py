@@ -79,6 +79,7 @@ class Pulse:
     loaded: tuple[str, ...]  # engine ids, most recently used first; not the parked ones
     held: tuple[Held, ...]  # all of them, most recently used first; the parked ones too
     device_free: int  # what could still be taken on the device, within the budget
+    ram_free: int  # of the machine, or of its container
     ready: bool  # False while libraries are still being imported
     parked: tuple[str, ...] = ()  # engine ids whose weights wait in host memory, most recently used first
     ram_held: int = 0  # by engines: parked, or waiting in host memory to be moved in

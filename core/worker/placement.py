@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from core.card import Card, Strategy
 from core.engines.base import Placement
 from core.errors import DoesNotFit
-from core.worker.footprint import Component, Footprint
+from core.worker.footprint import ITEM_BYTES, Component, Footprint
 
 NAMES: dict[Strategy, str] = {
     "resident": "resident",
@@ -127,26 +127,24 @@ def _rungs(demand: Demand, room: Room) -> Iterator[Rung]:
 
 
 def _at_once(components: Sequence[Component], dtype: str, *, by_leaf: bool) -> int:
-    """Bytes on the device under group offload: all that is whole, and the largest of what is streamed."""
-    whole = sum(c.bytes(dtype) for c in components if c.whole)
-    return whole + max((c.streamed(dtype, by_leaf=by_leaf) for c in components if not c.whole), default=0)
+    """Bytes on the device under group offload: all that stays, and the largest of what is streamed."""
+    staying = sum(c.staying(dtype) for c in components)
+    return staying + max(c.streamed(dtype, by_leaf=by_leaf) for c in components)
 
 
 def _device_map(demand: Demand, room: Room, dtype: str) -> Rung:
     """As many layers as fit on the device, beside room for the largest one of those that do not."""
-    footprint, item = demand.footprint, replace
-    weights = footprint.bytes(dtype)
-    components = [item(c, floats=c.largest) for c in footprint.components if not c.whole]
-    passing = max((c.bytes(dtype) for c in components), default=0)
-    fixed = sum(c.bytes(dtype) for c in footprint.components if c.whole)
-    least = fixed + passing + demand.working
-    share = max(0, min(weights - fixed, room.device_bytes - least))
+    components = demand.footprint.components
+    moving = sum(c.moving(dtype) for c in components)
+    passing = max((c.largest for c in components if not c.whole), default=0) * ITEM_BYTES[dtype]
+    least = sum(c.staying(dtype) for c in components) + passing + demand.working
+    share = max(0, min(moving, room.device_bytes - least))
     if room.device == "cpu":
         ram = 0
-        disk = weights - fixed - share
+        disk = moving - share
         placement = Placement("cpu", dtype, "device_map", device_share=share)
     else:
-        rest = weights - fixed - share
+        rest = moving - share
         ram = min(rest, max(0, room.ram_bytes))
         disk = rest - ram
         placement = Placement(room.device, dtype, "device_map", device_share=share, ram_share=ram)

@@ -143,6 +143,11 @@ CARD = Card(
     weights_licence=Licence(name="MIT", url="https://huggingface.co/suno/bark"),
     languages=LANGUAGES,
     gpu_dtype="float16",  # as transformers' documentation of Bark has it
+    strategies=("resident", "model_offload", "group_leaf", "device_map", "cpu"),
+    # The fine stage ties its heads to the embeddings of other codebooks and visits them in no fixed order;
+    # the codec is used by its parts. Where positions are embedded, the library looks for the device.
+    whole=frozenset({"fine", "codec", "semantic.position_embeds_layer", "coarse.position_embeds_layer"}),
+    quantisations=("int8",),
     sample_rate=24_000,
     abilities=frozenset({Ability.CUES}),
     options=BarkOptions,

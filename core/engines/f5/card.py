@@ -130,6 +130,8 @@ CARD = Card(
         name="CC-BY-NC-4.0", url="https://huggingface.co/SWivid/F5-TTS", commercial=False
     ),
     languages=("en", "zh"),
+    strategies=("resident", "model_offload", "group_block", "group_leaf", "device_map", "cpu"),
+    whole=frozenset({"vocoder"}),  # used by its parts
     sample_rate=24_000,
     abilities=frozenset({Ability.CLONE}),
     reference_seconds=REFERENCE_SECONDS,

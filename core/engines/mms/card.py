@@ -172,6 +172,7 @@ CARD = Card(
         name="CC-BY-NC-4.0", url="https://creativecommons.org/licenses/by-nc/4.0/", commercial=False
     ),
     languages=tuple(VOICES),
+    strategies=("resident", "group_block", "group_leaf", "device_map", "cpu"),
     sample_rate=16000,
     options=MmsOptions,
     source="https://arxiv.org/abs/2305.13516",

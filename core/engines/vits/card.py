@@ -115,6 +115,7 @@ CARD = Card(
     code_licence=Licence(name="MPL-2.0", url="https://github.com/idiap/coqui-ai-TTS/blob/main/LICENSE.txt"),
     weights_licence=Licence(name="Apache-2.0", url="https://www.apache.org/licenses/LICENSE-2.0"),
     languages=("en",),
+    strategies=("resident", "group_leaf", "device_map", "cpu"),
     sample_rate=22050,
     options=VitsOptions,
     source="https://arxiv.org/abs/2106.06103",

@@ -164,6 +164,9 @@ CARD = Card(
         must_accept=True,
     ),
     languages=LANGUAGES,
+    # No model offload: the two parts take turns with every few tokens.
+    strategies=("resident", "group_leaf", "device_map", "cpu"),
+    whole=frozenset({"decoder"}),
     sample_rate=24000,
     abilities=frozenset({Ability.CLONE, Ability.STREAM}),
     reference_seconds=(6, 30),  # shorter ones clone badly, as Coqui says; config.json cuts after 30 s

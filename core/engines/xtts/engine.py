@@ -51,6 +51,7 @@ class Xtts(Engine):
                 raise WeightsError(f"model.pth is damaged or foreign: {reason}") from error
         self.tts.to(placement.load_device)
         works_on(self._model, placement.device)
+        works_on(self._model.gpt.gpt_inference, placement.device)
 
     def components(self) -> Mapping[str, torch.nn.Module]:
         return _components(self._model) if hasattr(self, "tts") else {}
@@ -156,6 +157,11 @@ class Xtts(Engine):
 
 
 def _components(model: XttsModel) -> dict[str, torch.nn.Module]:
+    # What generates tokens holds the very layers of `gpt` under other names: no part of it, only a user.
+    # Found twice, they would be planned and moved twice.
+    for owner, name in ((model.gpt, "gpt_inference"), (model.gpt.gpt, "wte")):
+        if name in owner._modules:
+            vars(owner)[name] = owner._modules.pop(name)
     return {"gpt": model.gpt, "decoder": model.hifigan_decoder}
 
 
