@@ -25,6 +25,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -145,6 +146,7 @@ def card(total: int) -> Iterator[Gpu]:
         stack.enter_context(_device_guard())
         stack.enter_context(_said_by_torch(gpu))
         stack.enter_context(_loading(gpu))
+        stack.enter_context(_looking_again())
         _current = gpu
         try:
             yield gpu
@@ -392,12 +394,9 @@ def _device_guard() -> Iterator[None]:
     torch._C._acc.register_python_privateuseone_device_guard(_GUARD)
     registry[_PLACES["CUDA"]] = registry[_PLACES["PrivateUse1"]]
     registry[_PLACES["PrivateUse1"]] = before[_PLACES["PrivateUse1"]]
-    lifting = torch._C._only_lift_cpu_tensors()
-    torch._C._set_only_lift_cpu_tensors(True)  # else torch.tensor(..., device="cuda") asks a CUDA build
     try:
         yield
     finally:
-        torch._C._set_only_lift_cpu_tensors(lifting)
         for place, guard in before.items():
             registry[place] = guard
 
@@ -612,3 +611,36 @@ def _loading(gpu: Gpu) -> Iterator[None]:
         yield
     finally:
         registry.remove(entry)
+
+
+@contextmanager
+def _looking_again() -> Iterator[None]:
+    """What libraries remember of there being a card is forgotten, and found out anew, here and afterwards."""
+    state = _accelerate_state()
+    kept = dict(state)
+    try:
+        _forget()
+        state.clear()
+        yield
+    finally:
+        _forget()
+        _accelerate_state().clear()
+        _accelerate_state().update(kept)
+
+
+def _forget() -> None:
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("accelerate.", "diffusers.utils", "transformers.utils")):
+            for value in list(vars(module).values()):
+                members = vars(value).values() if isinstance(value, type) else [value]
+                for member in members:
+                    function = (
+                        getattr(member, "__func__", None) if isinstance(member, staticmethod) else member
+                    )
+                    if isinstance(function, functools._lru_cache_wrapper):
+                        function.cache_clear()
+
+
+def _accelerate_state() -> dict[str, Any]:
+    module = sys.modules.get("accelerate.state")
+    return module.PartialState._shared_state if module else {}

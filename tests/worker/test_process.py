@@ -95,7 +95,9 @@ def test_a_job_finishes_with_files_and_measurements(bench):
     assert cost["generate_seconds"] >= 0 and cost["audio_seconds"] == 1.0
     assert cost["ram_peak_bytes"] >= cost["ram_before_bytes"] > 0
     assert finished.weights["kind"] == "miniature"
-    assert finished.placement == {"device": "cpu", "dtype": "float32", "strategy": "resident"}
+    assert finished.placement == {
+        "device": "cpu", "dtype": "float32", "strategy": "resident", "words": "all on the CPU",
+    }  # fmt: skip
 
 
 def test_torch_is_in_the_worker_and_not_here(bench):
