@@ -419,18 +419,20 @@ class Studio:
         """Let engines go that served only tabs which everyone left, and no job since."""
         left = self._presence.left()
         for held in self._held() if left else ():
-            unused = held.state == "loaded" and held.idle_seconds >= self.settings.leave_seconds
+            on_device = held.state == "loaded" and (held.device_bytes or not held.ram_bytes)
+            unused = on_device and held.idle_seconds >= self.settings.leave_seconds
             if (
                 unused
                 and self.catalog.card(held.engine).modality in left
                 and not self._jobs.use_of(held.engine)
                 and held.engine not in self._going()
             ):
-                self._ask_to_go(held.engine)
+                # Its weights wait in host memory, where there is room; one without any has nothing to keep.
+                self._ask_to_go(held.engine, park=bool(held.device_bytes))
 
-    def _ask_to_go(self, engine: str) -> None:
+    def _ask_to_go(self, engine: str, park: bool = False) -> None:
         self._asked_to_go[engine] = time.monotonic()
-        self._worker.unload(engine, park=True)
+        self._worker.unload(engine, park)
 
     def _going(self) -> frozenset[str]:
         """Engines that were asked to go and are still there: a worker at work first ends its job."""
@@ -462,11 +464,11 @@ class Studio:
         )
 
     def _leak(self) -> str:
-        leak = next((released for released in reversed(self.releases) if not released.clean), None)
+        leak = next((r for r in reversed(tuple(self.releases)) if not r.clean), None)
         if leak is None:
             return ""
-        what = size(leak.device_bytes_left) if leak.device_bytes_left else f"{leak.alive} parameters"
-        mended = "" if self.settings.inline else "; the worker was restarted, which gave it back"
+        what = size(leak.device_bytes_left) if leak.device_bytes_left else f"{leak.alive} of its tensors"
+        mended = "" if self.settings.inline else "; the worker was restarted to give that back"
         return f"{self.catalog.card(leak.engine).name} left {what} behind when it was unloaded{mended}."
 
     # The server

@@ -38,8 +38,8 @@ class MemorySheet:
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
-        now = studio.status()
-        self.pane = sheet_button(face(now), sheet(now), "memory", elem_classes="memory")
+        starting = render("memory_face", words="…")  # what is in memory is known once the page asks
+        self.pane = sheet_button(starting, "", "memory", elem_classes="memory", elem_id="memory-chip")
         act_on([self.pane], self._unload, None, self.pane)
 
     def view(self, now: Status) -> gr.HTML:
@@ -87,6 +87,7 @@ def sheet(now: Status) -> str:
                 "held": held,
                 "device": _size(held.device_bytes + (held.ram_bytes if now.one_memory else 0)),
                 "ram": _size(held.ram_bytes),
+                "where": "in RAM, until it is needed" if held.state == "parked" else held.words,
                 "idle": "" if held.state == "in use" else figures.seconds(round(held.idle_seconds)),
             }
             for held in now.held

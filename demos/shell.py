@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
@@ -53,9 +53,12 @@ def build(studio: Studio) -> gr.Blocks:
             now = studio.status()
             return _status(now), memory.view(now)
 
-        def turn_to(tab: Modality, request: gr.Request) -> Modality:
-            studio.visit(request.session_hash, tab)
-            return tab
+        def turning_to(tab: Modality) -> Callable[[gr.Request], Modality]:
+            def turn(request: gr.Request) -> Modality:  # Gradio reads the annotation: no partial or lambda
+                studio.visit(request.session_hash, tab)
+                return tab
+
+            return turn
 
         def leave(request: gr.Request) -> None:
             studio.leave(request.session_hash)
@@ -65,7 +68,7 @@ def build(studio: Studio) -> gr.Blocks:
         for tab, leaf in tabs:
             tab.wire(known.change, timer.tick, slow_timer.tick)
             if leaf:
-                leaf.select(partial(turn_to, tab.modality), None, shown, queue=False, **quiet)
+                leaf.select(turning_to(tab.modality), None, shown, queue=False, **quiet)
         add_endpoints(studio)
     # Each handler only reads a form or asks the studio; the worker runs one job at a time anyway.
     return page.queue(default_concurrency_limit=HANDLERS)

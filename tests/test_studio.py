@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from core.card import Licence
+from core.card import Licence, Modality
 from core.errors import BadInput, LicenceNeeded, SoundstageError
 from core.requests import Order, SpeechRequest
-from core.studio import Studio
+from core.studio import Holding, Studio
 
 
 def order(engine: str = "unruly", text: str = "hello", seed: int = 1, **more) -> Order:
@@ -218,3 +218,129 @@ def test_a_licence_of_an_unknown_engine_cannot_be_accepted(tmp_path):
 
     with pytest.raises(BadInput, match=r"There is no engine 'xxts'; the engines are: .*xtts"):
         Studio(Settings(home=tmp_path, accept_licences=("xxts",)))
+
+
+def until(happened, seconds: float = 60.0) -> None:
+    """Wait for something to come about."""
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.02)
+
+
+def held(studio: Studio) -> dict[str, Holding]:
+    return {holding.engine: holding for holding in studio.status().held}
+
+
+@pytest.fixture
+def short(tmp_path):
+    """A studio that gives engines back half a second after everyone has left."""
+    from core.settings import Settings
+
+    made = Studio(
+        Settings(
+            home=tmp_path / "home",
+            cache=tmp_path / "cache",
+            device="cpu",
+            threads=1,
+            engine_modules=("tests.unruly",),
+            leave_seconds=0.5,
+        )
+    )
+    yield made
+    made.close()
+
+
+def test_the_header_knows_what_each_engine_holds_and_what_is_free(studio):
+    [job] = studio.submit([order()], "anna")
+    finish(studio, job)
+    until(lambda: "unruly" in held(studio) and not held(studio)["unruly"].kept)
+    found, status = held(studio)["unruly"], studio.status()
+    assert (found.name, found.state, found.words) == ("Unruly", "loaded", "all on the CPU")
+    assert found.device_bytes > 0
+    assert status.one_memory and 0 < status.memory_free <= status.memory_total
+    studio.unload("unruly")
+    until(lambda: not studio.status().held)
+
+
+def test_an_engine_that_a_job_uses_or_waits_for_is_not_unloaded(studio):
+    [loaded] = studio.submit([order("espeak")], "anna")
+    finish(studio, loaded)
+    [slow] = studio.submit([order(options={"steps": 100_000})], "anna")
+    until(lambda: held(studio).get("unruly") and held(studio)["unruly"].state == "in use")
+    [waiting] = studio.submit([order("espeak")], "bert")
+    assert held(studio)["unruly"].kept == "A job is using it."
+    assert held(studio)["espeak"].kept == "A job waits for it."
+    for engine in ("unruly", "espeak", ""):
+        studio.unload(engine)
+    assert studio._asked_to_go == {}
+    studio.stop("anna")
+    finish(studio, slow)
+    finish(studio, waiting)
+    assert waiting.state == "done"
+
+
+def test_what_was_asked_to_go_says_so_while_a_job_of_another_engine_runs(studio):
+    [loaded] = studio.submit([order("espeak")], "anna")
+    finish(studio, loaded)
+    [slow] = studio.submit([order(options={"steps": 100_000})], "anna")
+    until(lambda: slow.state == "running" and "espeak" in held(studio))
+    studio.unload("espeak")
+    assert held(studio)["espeak"].kept == "It goes as soon as the job in progress is over."
+    studio.stop("anna")
+    until(lambda: "espeak" not in held(studio))
+    assert slow.state == "stopped"
+
+
+def test_a_tab_that_everyone_left_gives_its_engines_back(short):
+    short.visit("page", Modality.SPEECH)
+    [job] = short.submit([order()], "anna")
+    finish(short, job)
+    until(lambda: held(short).get("unruly") and held(short)["unruly"].idle_seconds > 1.5)
+    assert held(short)["unruly"].state == "loaded", "a page still shows the tab"
+    short.leave("page")
+    until(lambda: not short.status().loaded)
+
+
+def test_a_job_that_outlasts_its_page_keeps_its_engine_until_it_is_over(short):
+    short.visit("page", Modality.SPEECH)
+    [slow] = short.submit([order(options={"steps": 1_500})], "anna")
+    short.leave("page")
+    finish(short, slow)
+    assert slow.state == "done"
+    until(lambda: not short.status().loaded)
+
+
+def test_a_tab_of_another_kind_keeps_nothing_and_takes_nothing(short):
+    short.visit("page", Modality.MUSIC)
+    [job] = short.submit([order()], "a caller without a page")
+    finish(short, job)
+    short.leave("page")
+    until(lambda: short._presence.left() == {Modality.MUSIC})
+    until(lambda: held(short).get("unruly") and held(short)["unruly"].idle_seconds > 2)
+    assert held(short)["unruly"].state == "loaded"
+
+
+def test_what_a_release_left_behind_is_said(studio):
+    [job] = studio.submit([order(options={"behave": "leak"})], "anna")
+    finish(studio, job)
+    assert studio.status().leak == ""
+    studio.unload("unruly")
+    until(lambda: studio.status().leak)
+    assert studio.status().leak == (
+        "Unruly left 2 of its tensors behind when it was unloaded; "
+        "the worker was restarted to give that back."
+    )
+    until(lambda: studio.status().worker == "ready")
+
+
+def test_placements_are_those_that_all_engines_with_weights_allow(studio, monkeypatch):
+    card = studio.catalog.card("unruly")
+    able = card.model_copy(update={"strategies": ("resident", "model_offload", "group_leaf", "cpu")})
+    monkeypatch.setitem(studio.catalog._cards, "unruly", able)
+    other = card.model_copy(update={"id": "other", "strategies": ("resident", "group_leaf", "cpu")})
+    monkeypatch.setitem(studio.catalog._cards, "other", other)
+    assert list(studio.placements(["unruly", "espeak"])) == ["resident", "model_offload", "group_leaf"]
+    assert studio.placements(["unruly", "other"])["group_leaf"] == "group offload, layer by layer"
+    assert "model_offload" not in studio.placements(["unruly", "other"])
+    assert studio.placements(["espeak"]) == {}

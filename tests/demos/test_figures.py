@@ -48,3 +48,10 @@ def test_the_time_axis_has_a_few_round_ticks_within_the_span(longest):
     assert ticks[0] == (0, ticks[0][1])
     assert all(0 <= place <= 100 for place, _ in ticks)
     assert len({label for _, label in ticks}) == len(ticks)
+
+
+def test_bytes_over_time_share_the_unit_of_the_largest():
+    assert figures.course(400 * 2**20, 1.9 * 2**30, 1.2 * 2**30) == "0.4 → 1.9 → 1.2 GiB"
+    assert figures.course(599 * 2**20, 618 * 2**20, 618 * 2**20) == "599 → 618 → 618 MiB"
+    assert figures.course(0, 0, 0) == "0 → 0 → 0 B"
+    assert figures.course(1, None, 2) == "–"

@@ -6,7 +6,7 @@ from core.requests import Order, SpeechRequest
 from core.takes import Take
 from demos.comparison import comparison
 from demos.stage import stage
-from demos.tracks import download_name, longest, track, waveform
+from demos.tracks import download_name, facts, longest, track, waveform
 
 NASTY = """<img src=x onerror=alert(1)> "quoted" 'single' ${1+1} {{value}}"""
 
@@ -67,3 +67,17 @@ def test_two_runs_are_compared_and_the_best_is_marked():
     slow, fast = chart.index("width: 100.00%"), chart.index("width: 25.00%")
     assert slow < fast < chart.index("1.00 s")
     assert 'class="best"' in chart
+
+
+def test_a_result_says_where_its_weights_were_and_what_memory_did():
+    cost = {
+        f"{m}_{w}_bytes": n * 2**30
+        for m in ("ram", "device")
+        for n, w in enumerate(("before", "peak", "after"))
+    }
+    take = finished(**cost).model_copy(update={"placement": {"device": "cuda", "words": "gpt on the GPU"}})
+    told = dict(facts(take))
+    assert told["Placement"] == "gpt on the GPU"
+    assert told["GPU before, peak, after"] == told["RAM before, peak, after"] == "0.0 → 1.0 → 2.0 GiB"
+    on_cpu = take.model_copy(update={"placement": {"device": "cpu", "strategy": "resident"}})
+    assert dict(facts(on_cpu))["GPU before, peak, after"] == "–"
