@@ -18,8 +18,10 @@ from transformers import T5Config, T5EncoderModel
 from core.catalog import Catalog
 from core.engines.base import Placement
 from core.worker.arrange import Arrangement
+from core.worker.devices import Device
 from core.worker.footprint import Footprint, measure
 from core.worker.placement import Demand, Room, plan
+from tests.benchmarks import gpu
 from tests.pretend import card as pretend_card
 
 GIB = 2**30
@@ -97,13 +99,13 @@ class Parts:
         ).eval()  # fmt: skip
 
     def modules(self) -> dict[str, torch.nn.Module]:
-        return {"encoder": self.encoder, "transformer": self.transformer}
+        return {"text_encoder": self.encoder, "transformer": self.transformer}
 
     @torch.no_grad()
     def run(self, arrangement: Arrangement, device: str) -> torch.Tensor:
         tokens = torch.arange(16)[None].to(device)
         latents = torch.linspace(-1, 1, 3 * 4 * 64).reshape(1, 3, 4, 8, 8).to(device)
-        with arrangement.using("encoder"):
+        with arrangement.using("text_encoder"):
             words = self.encoder(tokens).last_hidden_state
         with arrangement.using("transformer"):
             for step in (7, 3):
@@ -136,7 +138,7 @@ def placements(device: str, share: int) -> list[Placement]:
 def test_every_placement_makes_the_same_latents(parts, expected, device, number, tmp_path):
     weights = measure(parts.modules())
     where = placements(device, weights.bytes("float32") // 2)[number]
-    with pretend_card(2**30) as gpu:
+    with pretend_card(2**30) as card:
         mine = copy.deepcopy(parts)
         for module in mine.modules().values():
             module.to(where.load_device)
@@ -146,11 +148,30 @@ def test_every_placement_makes_the_same_latents(parts, expected, device, number,
             arrangement.rest()
             if arrangement.can_park:
                 arrangement.park()
-                assert gpu.used == 0
+                assert card.used == 0
                 arrangement.unpark()
         if device == "cuda" and where.strategy != "resident":
-            assert gpu.peak < weights.bytes("float32"), "less than all of it was on the card at once"
+            assert card.peak < weights.bytes("float32"), "less than all of it was on the card at once"
         arrangement.undo()
         del mine, module
         gc.collect()
-        assert gpu.used == 0 and not list(tmp_path.iterdir())
+        assert card.used == 0 and not list(tmp_path.iterdir())
+
+
+def test_the_measurement_for_a_gpu_runs_in_small_on_the_pretend_one():
+    def build() -> dict[str, torch.nn.Module]:
+        return Parts().modules()
+
+    def inputs(states: torch.Tensor, device: str) -> dict[str, object]:
+        latents = torch.zeros(1, 3, 4, 8, 8, dtype=states.dtype, device=device)
+        step = torch.tensor([5]).to(device)
+        return {"hidden_states": latents, "encoder_hidden_states": states, "timestep": step}
+
+    weights = measure(build()).bytes("bfloat16")
+    budgets = tuple(share * weights / GIB for share in (1.5, 0.9, 0.1))
+    with pretend_card(GIB):
+        device = Device("cuda", 1)
+        found = gpu.rows(gpu.Model("Small", build, 16, inputs), device, budgets, working=weights // 3)
+    assert [row.holds for row in found] == [True, True, False]
+    assert found[0].note.startswith("resident,") and found[1].note.startswith("group_block,")
+    assert found[2].measured == "does not run"
