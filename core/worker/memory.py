@@ -78,7 +78,7 @@ class Memory:
         self.ram_budget = settings.ram_budget or int(_RAM_SHARE * ram_total())
         self._device: Device | None = None
         self._footprints: dict[tuple[str, Path | None, str], Footprint] = {}
-        self.residency = Residency(self._settle, self._device_used, tell)
+        self.residency = Residency(self._settle, self._trim, self._device_used, tell)
 
     @property
     def device(self) -> Device:
@@ -247,6 +247,10 @@ class Memory:
     def _settle(self) -> None:
         if self._device:
             self._device.settle()
+
+    def _trim(self) -> None:
+        if self._device:
+            self._device.trim()
 
 
 def _with_shares(rung: Rung, present: Placement) -> Rung:

@@ -85,7 +85,7 @@ class Keeper(Residency):
         self.now = 0.0
         self.released = []
         self.limits = Limits(device, ram, **limits)
-        super().__init__(settle, device_used, self.released.append, lambda: self.now)
+        super().__init__(settle, lambda: None, device_used, self.released.append, lambda: self.now)
 
     def hold(self, name: str, size: int | Claim = 10, made=make, placement=RESIDENT, seconds=1.0):
         """A lease; a load takes so many seconds."""
@@ -358,6 +358,15 @@ def test_parking_that_does_not_give_the_device_back_becomes_a_release(caplog):
     keeper.leave_device(keeper.limits)
     assert keeper.states() == {} and "when it was parked" in caplog.text
     assert not keeper.released[-1].clean
+
+
+def test_garbage_of_the_last_job_is_no_reason_against_parking():
+    used = [0]
+    keeper = Keeper(10, 10, device_used=lambda: used[0], settle=lambda: used.__setitem__(0, 0))
+    with keeper.hold("a"):
+        used[0] = 5 * 2**20
+    keeper.leave_device(keeper.limits)
+    assert keeper.states() == {"a": "parked"}
 
 
 @pytest.mark.parametrize("error", [ValueError("truncated"), KeyboardInterrupt()])
