@@ -244,6 +244,7 @@ def short(tmp_path):
             device="cpu",
             threads=1,
             engine_modules=("tests.unruly",),
+            memory_budget=2**30,
             leave_seconds=0.5,
         )
     )
@@ -300,6 +301,18 @@ def test_a_tab_that_everyone_left_gives_its_engines_back(short):
     assert held(short)["unruly"].state == "loaded", "a page still shows the tab"
     short.leave("page")
     until(lambda: not short.status().loaded)
+
+
+def test_what_everyone_left_is_parked_and_what_is_unloaded_is_gone(short):
+    short.visit("page", Modality.SPEECH)
+    for job in short.submit([order(), order("espeak")], "anna"):
+        finish(short, job)
+    short.leave("page")
+    until(lambda: [h.state for h in short.status().held] == ["parked"])
+    parked = held(short)["unruly"]
+    assert parked.device_bytes == 0 < parked.ram_bytes and not parked.kept
+    short.unload("unruly")
+    until(lambda: not short.status().held)
 
 
 def test_a_job_that_outlasts_its_page_keeps_its_engine_until_it_is_over(short):

@@ -78,9 +78,10 @@ class Shelf:
                 plain = type(host) is torch.Tensor
                 known[id(tensor)] = host.pin_memory() if pin and plain else host
             found.append(known[id(tensor)])
-            return tensor
+            # In host memory the copy takes its place at once, or there would be two of the whole.
+            return known[id(tensor)] if tensor.device.type == "cpu" else tensor
 
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             self._module._apply(note)
         return found
 

@@ -47,9 +47,10 @@ from core.worker.messages import (
     Unload,
 )
 from core.worker.outputs import save
+from core.worker.proof import forget
 
 PULSE_SECONDS = 2.0
-TICK_SECONDS = 5.0  # without a message, after which idle engines are looked at
+TICK_SECONDS = 1.0  # without a message, after which idle engines are looked at
 EVENTS_PER_SECOND = 10.0  # of steps; an eye sees no more
 LIBRARIES = ("torch", "transformers", "coqui-tts", "f5-tts")  # whose versions go into a take
 
@@ -281,7 +282,8 @@ class Host:
             try:
                 return self._attempt(wanted, job, run, meter)
             except RanOut as error:
-                short = error.with_traceback(None)  # a kept traceback would keep the model alive
+                short = error
+                forget(short)
             self.residency.release_all(wanted.card.id)
             again = short.loading or (wanted.after is None and not run.first_audio)
             wanted = replace(wanted, forced=None, after=short.placement)

@@ -116,7 +116,7 @@ class Layer(torch.nn.Module):
 
 
 class Speaker(torch.nn.Module):
-    """An embedding of 48 floats, a head tied to it, two layers of 48, 2 loose ones, a table of 6, a flag."""
+    """An embedding of 48 floats and a head tied to it, two layers of 48, 2 loose ones, a table, a flag."""
 
     def __init__(self) -> None:
         super().__init__()
