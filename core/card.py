@@ -131,7 +131,10 @@ class Card(BaseModel):
     reference_required: bool = False  # cannot speak without a reference
     gpu_dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of its weights on a GPU
     strategies: tuple[Strategy, ...] = ("resident", "cpu")  # each gives the same result (tested)
-    whole: frozenset[str] = frozenset()  # components whose layers have to stay together
+    whole: frozenset[str] = frozenset()
+    """What is never taken apart: components ("codec"), and single layers that stay on the device when their
+    component is streamed or spread, because the library looks where they are ("encoder.embedding").
+    """
     quantisations: tuple[Literal["int8"], ...] = ()  # of its weights on a GPU too small for them
     working: Working = Working()
     reproducible: bool = True  # same seed, same machine: bitwise the same media (tested)

@@ -537,6 +537,7 @@ def _torch_accelerator(cuda: dict[str, Any]) -> dict[str, Any]:
         "current_device_index": cuda["current_device"],
         "set_device_index": cuda["set_device"],
         "get_memory_info": cuda["mem_get_info"],
+        "empty_host_cache": cuda["empty_cache"],
     }
 
 

@@ -114,7 +114,7 @@ class Engine(ABC):
         """
         return {}
 
-    using: Callable[..., AbstractContextManager[None]] = staticmethod(nullcontext)
+    using: Callable[..., AbstractContextManager[None]] = staticmethod(lambda *_names: nullcontext())
     """`with self.using("decoder"):` around work of components: an offloaded one is on the device inside.
 
     The worker sets it where something has to be moved.

@@ -77,7 +77,7 @@ def works_on(module: torch.nn.Module, device: str) -> None:
 
 
 @cache
-def _working_on(kind: type, device: str) -> type:
+def _working_on(kind: Any, device: str) -> Any:
     import torch
 
     return type(kind.__name__, (kind,), {"device": property(lambda _: torch.device(device))})

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from core.engines.base import Placement
-from core.worker.footprint import blocks_of
+from core.errors import DiskFull
+from core.worker.footprint import blocks_of, holders_of, layers_kept, linear_layers
 
 if TYPE_CHECKING:
     import torch
@@ -77,9 +78,10 @@ class Shelf:
                 plain = type(host) is torch.Tensor
                 known[id(tensor)] = host.pin_memory() if pin and plain else host
             found.append(known[id(tensor)])
-            return tensor
+            # In host memory the copy takes its place at once, or there would be two of the whole.
+            return known[id(tensor)] if tensor.device.type == "cpu" else tensor
 
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             self._module._apply(note)
         return found
 
@@ -97,8 +99,11 @@ class Arrangement:
 
     Args:
         components: loaded to `placement.load_device`.
-        whole: names of those that cannot be taken apart.
+        whole: what of them cannot be taken apart (`Card.whole`).
         scratch: a folder for what a device map puts on disk.
+
+    Raises:
+        DiskFull: the disk has no room for it.
     """
 
     def __init__(
@@ -113,12 +118,19 @@ class Arrangement:
         self._whole = whole
         self._disk: Path | None = None
         self._shelves: dict[str, Shelf] = {}
-        match placement.strategy:
+        try:
+            self._install(scratch)
+        except BaseException:
+            self.undo()
+            raise
+
+    def _install(self, scratch: Path) -> None:
+        match self.placement.strategy:
             case "resident":
-                if placement.quantisation:
+                if self.placement.quantisation:
                     self._quantise()
             case "model_offload":
-                self._shelves = {n: Shelf(m, placement.device) for n, m in self._components.items()}
+                self._shelves = {n: Shelf(m, self.placement.device) for n, m in self._components.items()}
             case "group_block" | "group_leaf":
                 self._stream()
             case "device_map":
@@ -140,6 +152,8 @@ class Arrangement:
         if self.placement.strategy == "model_offload":
             for shelf in self._shelves.values():
                 shelf.put_back()
+        for hook in self._streams():  # a job that was stopped in a layer left its piece there
+            hook.group.offload_()
 
     @property
     def can_park(self) -> bool:
@@ -153,9 +167,9 @@ class Arrangement:
             self._shelves = {n: Shelf(m, self.placement.device) for n, m in self._components.items()}
             for shelf in self._shelves.values():
                 shelf.fill()
-        elif self.placement.strategy in ("group_block", "group_leaf"):
-            for name in self._whole:
-                self._components[name].to("cpu")
+        else:
+            for module in self._staying():
+                module.to("cpu")
 
     def unpark(self) -> None:
         """The way back: copies, and reads no file."""
@@ -164,9 +178,9 @@ class Arrangement:
                 shelf.take()
                 shelf.empty()
             self._shelves = {}
-        elif self.placement.strategy in ("group_block", "group_leaf"):
-            for name in self._whole:
-                self._components[name].to(self.placement.device)
+        else:
+            for module in self._staying():
+                module.to(self.placement.device)
 
     def undo(self) -> None:
         """Take off every hook, and what they hold, so that the components can be let go."""
@@ -185,9 +199,9 @@ class Arrangement:
     def _quantise(self) -> None:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-        for name, component in self._components.items():
-            if name not in self._whole:
-                quantize_(component, Int8WeightOnlyConfig())
+        for component in self._components.values():
+            layers = set(linear_layers(component))
+            quantize_(component, Int8WeightOnlyConfig(), lambda layer, _, known=layers: layer in known)
             component.to(self.placement.device)
 
     def _stream(self) -> None:
@@ -198,18 +212,44 @@ class Arrangement:
         by_block = self.placement.strategy == "group_block"
         for name, component in self._components.items():
             if name in self._whole:
-                component.to(device)
                 continue
-            apply_group_offloading(
-                component,
-                onload_device=device,
-                offload_device=torch.device("cpu"),
-                offload_type="block_level" if by_block else "leaf_level",
-                num_blocks_per_group=1 if by_block else None,
-                block_modules=_holders(component) if by_block else None,
-                # On CUDA the next piece is copied while one works, from pinned memory.
-                use_stream=device.type == "cuda",
-            )
+            holders = holders_of(component) if by_block else []
+            with _set_aside(component, layers_kept(name, component, self._whole)):
+                apply_group_offloading(
+                    component,
+                    onload_device=device,
+                    offload_device=torch.device("cpu"),
+                    offload_type="block_level" if by_block else "leaf_level",
+                    num_blocks_per_group=1 if by_block else None,
+                    block_modules=holders,
+                    # On CUDA pieces are copied from pinned memory, and what they hold there is only dropped.
+                    # With lists of layers at several depths diffusers cannot do so.
+                    use_stream=device.type == "cuda" and not holders,
+                )
+            if not by_block:
+                _fetch_in_turn(component)
+        for hook in self._streams():
+            _list_once(hook.group)
+        for module in self._staying():
+            module.to(device)
+
+    def _staying(self) -> Iterator[torch.nn.Module]:
+        """What is never taken apart, of an engine that is streamed or spread."""
+        if self.placement.strategy in ("group_block", "group_leaf", "device_map"):
+            for name, component in self._components.items():
+                if name in self._whole:
+                    yield component
+                yield from layers_kept(name, component, self._whole).values()
+
+    def _streams(self) -> Iterator[Any]:
+        """The hooks that bring pieces to the device."""
+        if self.placement.strategy in ("group_block", "group_leaf"):
+            for component in self._components.values():
+                for module in component.modules():
+                    registry = getattr(module, "_diffusers_hook", None)
+                    hook = registry.get_hook("group_offloading") if registry else None
+                    if hook:
+                        yield hook
 
     def _spread(self, scratch: Path) -> None:
         import torch
@@ -225,42 +265,81 @@ class Arrangement:
             left["cpu"] = self.placement.ram_share
         for name, component in self._components.items():
             if name in self._whole:
-                component.to(device)
                 continue
-            places = infer_auto_device_map(
-                component,
-                max_memory=dict(left),
-                no_split_module_classes=sorted({type(block).__name__ for block in blocks_of(component)}),
-            )
-            for place, taken in _bytes_by_place(component, places).items():
-                if place in left:
-                    left[place] = max(0, left[place] - taken)
-            if "" in places:  # accelerate finds no weights to offload under that name
-                places = dict.fromkeys((child for child, _ in component.named_children()), places[""])
-            # accelerate leaves out the tensors that a module holds beside its children, and never moves them.
-            loose = _loose(component, places)
-            places.update(dict.fromkeys(loose, here))
-            for tensor in loose:
-                set_module_tensor_to_device(component, tensor, device)
-            dispatch_model(
-                component,
-                places,
-                main_device=here,
-                offload_dir=self._disk / name,
-                force_hooks=True,
+            with _set_aside(component, layers_kept(name, component, self._whole)):
+                places = infer_auto_device_map(
+                    component,
+                    max_memory=dict(left),
+                    no_split_module_classes=sorted({type(block).__name__ for block in blocks_of(component)}),
+                )
+                taken = _bytes_by_place(component, places)
+                self._refuse_full_disk(taken.get("disk", 0))
+                for place in left:
+                    left[place] = max(0, left[place] - taken.get(place, 0))
+                if "" in places:  # accelerate finds no weights to offload under that name
+                    places = dict.fromkeys((child for child, _ in component.named_children()), places[""])
+                # accelerate leaves out the tensors that a module holds beside its children, and never moves
+                # them.
+                loose = _loose(component, places)
+                places.update(dict.fromkeys(loose, here))
+                for tensor in loose:
+                    set_module_tensor_to_device(component, tensor, device)
+                dispatch_model(
+                    component,
+                    places,
+                    main_device=here,
+                    offload_dir=self._disk / name,
+                    force_hooks=True,
+                )
+        for module in self._staying():
+            module.to(device)
+
+    def _refuse_full_disk(self, size: int) -> None:
+        """accelerate writes through memory maps, and a disk that fills up meanwhile ends the process."""
+        assert self._disk is not None
+        free = shutil.disk_usage(self._disk).free
+        if size > free:
+            raise DiskFull(
+                f"{size / 2**20:.0f} MiB of weights have to wait on disk, and {free / 2**20:.0f} MiB are "
+                f"free in {self._disk.parent}; make room there, or raise the memory budget."
             )
 
 
-def _holders(module: torch.nn.Module) -> list[str]:
-    """Names of the children, at any depth, whose own children hold the lists of layers."""
+@contextmanager
+def _set_aside(component: torch.nn.Module, layers: Mapping[str, torch.nn.Module]) -> Iterator[None]:
+    """Hide layers from what goes through all modules of a component."""
     import torch
 
-    lists = torch.nn.ModuleList | torch.nn.Sequential
-    names = []
-    for name, child in module.named_children():
-        if not isinstance(child, lists) and blocks_of(child):
-            names += [name, *_holders(child)]
-    return names
+    for path in layers:
+        component.set_submodule(path, torch.nn.Identity())
+    try:
+        yield
+    finally:
+        for path, layer in layers.items():
+            component.set_submodule(path, layer)
+
+
+def _list_once(group: Any) -> None:
+    """Leave out of a group's own tensors those of its modules.
+
+    diffusers lists them in both; a buffer, which becomes a new tensor with each move of its module, would be
+    on the device twice.
+    """
+    inside = {id(t) for module in group.modules for t in (*module.parameters(), *module.buffers())}
+    group.parameters = [t for t in group.parameters if id(t) not in inside]
+    group.buffers = [t for t in group.buffers if id(t) not in inside]
+
+
+def _fetch_in_turn(component: torch.nn.Module) -> None:
+    """Bring each layer when its turn comes, not while the one before it works.
+
+    diffusers would learn the order from the first pass, and bring the wrong ones where a later pass skips
+    some: those that made what a model keeps from its first step to the last, say.
+    """
+    registry = getattr(component, "_diffusers_hook", None)
+    if registry:
+        registry.remove_hook("lazy_prefetch_group_offloading", recurse=False)
+        registry.remove_hook("layer_execution_tracker", recurse=True)
 
 
 def _loose(module: torch.nn.Module, places: Mapping[str, int | str]) -> list[str]:

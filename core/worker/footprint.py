@@ -37,19 +37,29 @@ class Component:
     floats: int
     fixed: int = 0  # bytes of what keeps its type: integers, flags
     linear: int = 0  # floats in the weights of linear layers, which int8 makes a byte each
+    rows: int = 0  # of these weights, each of which then has a scale
     block: int = 0  # floats on the device at once when it is streamed block by block
     leaf: int = 0  # the same, layer by layer
-    largest: int = 0  # floats of its largest block, which a device map keeps in one place
+    largest: int = 0  # floats of its largest piece, which a device map keeps in one place
+    stays: int = 0  # floats on the device all the time, streamed or spread: buffers, layers of `Card.whole`
     whole: bool = False  # it cannot be taken apart
 
     def bytes(self, dtype: str, quantisation: str = "") -> int:
-        small = self.linear if quantisation else 0
-        return (self.floats - small) * ITEM_BYTES[dtype] + small + self.fixed
+        if quantisation:
+            return (self.floats - self.linear + self.rows) * ITEM_BYTES[dtype] + self.linear + self.fixed
+        return self.floats * ITEM_BYTES[dtype] + self.fixed
+
+    def staying(self, dtype: str) -> int:
+        """Bytes that never leave the device, in any way of running it there."""
+        return self.bytes(dtype) if self.whole else self.stays * ITEM_BYTES[dtype] + self.fixed
+
+    def moving(self, dtype: str) -> int:
+        """Bytes of all the others."""
+        return self.bytes(dtype) - self.staying(dtype)
 
     def streamed(self, dtype: str, *, by_leaf: bool) -> int:
-        """Bytes on the device at once under group offload."""
-        floats = self.floats if self.whole else self.leaf if by_leaf else self.block
-        return floats * ITEM_BYTES[dtype] + self.fixed
+        """Bytes on the device at once under group offload, beside those that stay."""
+        return 0 if self.whole else (self.leaf if by_leaf else self.block) * ITEM_BYTES[dtype]
 
 
 @dataclass(frozen=True)
@@ -68,46 +78,89 @@ def measure(modules: Mapping[str, torch.nn.Module], whole: Set[str] = frozenset(
     """Count components; they may be on the meta device. Tied tensors count once.
 
     Args:
-        whole: names of those that cannot be taken apart (`Card.whole`).
+        whole: what of them cannot be taken apart (`Card.whole`).
     """
-    return Footprint(tuple(_measure(name, module, name in whole) for name, module in modules.items()))
+    return Footprint(tuple(_measure(name, module, whole) for name, module in modules.items()))
 
 
-def _measure(name: str, module: torch.nn.Module, whole: bool) -> Component:
-    import torch
+def _measure(name: str, module: torch.nn.Module, whole: Set[str]) -> Component:
 
     tensors = list(_tensors(module))
-    linear = {id(layer.weight) for layer in module.modules() if isinstance(layer, torch.nn.Linear)}
-    leaves = [_floats(_tensors(m, recurse=isinstance(m, leaf_classes()))) for m in module.modules()]
-    blocks = [list(_tensors(block)) for block in blocks_of(module)]
     floats = _floats(tensors)
-    loose = floats - _floats({id(t): t for block in blocks for t in block}.values())
-    largest = max(map(_floats, blocks), default=floats)
+    small = list({id(layer.weight): layer.weight for layer in linear_layers(module)}.values())
+    kept = [t for layer in layers_kept(name, module, whole).values() for t in layer.parameters()]
+    stays = {id(t): t for t in (*kept, *module.buffers())}
+    moving = [t for t in tensors if id(t) not in stays]
+    blocks = [[t for t in block.parameters() if id(t) not in stays] for block in blocks_of(module)]
+    in_blocks = {id(t) for block in blocks for t in block}
+    leaves = [
+        _floats(t for t in m.parameters(isinstance(m, leaf_classes())) if id(t) not in stays)
+        for m in module.modules()
+    ]
+    largest, leaf = max(map(_floats, blocks), default=0), max(leaves, default=0)
+    loose = _floats(t for t in moving if id(t) not in in_blocks)
     return Component(
         name=name,
         floats=floats,
         fixed=sum(t.numel() * t.element_size() for t in tensors if not t.is_floating_point()),
-        linear=sum(t.numel() for t in tensors if id(t) in linear),
-        block=min(floats, loose + 2 * largest) if blocks else floats,
-        leaf=min(floats, 2 * max(leaves, default=0)),
-        largest=largest,
-        whole=whole,
+        linear=sum(weight.numel() for weight in small),
+        rows=sum(len(weight) for weight in small),
+        block=min(_floats(moving), loose + 2 * largest),
+        leaf=min(_floats(moving), 2 * leaf),
+        largest=max(largest, leaf),
+        stays=_floats(stays.values()),
+        whole=name in whole,
     )
 
 
+def layers_kept(name: str, module: torch.nn.Module, whole: Set[str]) -> dict[str, torch.nn.Module]:
+    """The layers of a component, by path, that stay on the device (`Card.whole`)."""
+    paths = sorted(entry.removeprefix(f"{name}.") for entry in whole if entry.startswith(f"{name}."))
+    return {path: module.get_submodule(path) for path in paths}
+
+
 def blocks_of(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """The members of its lists of layers, also of lists in lists, not looking inside a member."""
+    """The members of its lists of layers or, where it has none, of those in its children."""
+    found = [child for child in module.children() if _is_list(child)]
+    return [
+        part
+        for child in found or module.children()
+        for part in (_members(child) if found else blocks_of(child))
+    ]
+
+
+def holders_of(module: torch.nn.Module) -> list[str]:
+    """Names of the children, at any depth, on the way from a component to its lists of layers."""
+    if any(_is_list(child) for child in module.children()):
+        return []
+    return [
+        found
+        for name, child in module.named_children()
+        if blocks_of(child)
+        for found in (name, *holders_of(child))
+    ]
+
+
+def _is_list(module: torch.nn.Module) -> bool:
     import torch
     from torch.nn.utils.parametrize import ParametrizationList
 
-    def is_list(module: torch.nn.Module) -> bool:
-        lists = torch.nn.ModuleList | torch.nn.Sequential
-        return isinstance(module, lists) and not isinstance(module, ParametrizationList)
+    lists = torch.nn.ModuleList | torch.nn.Sequential
+    return isinstance(module, lists) and not isinstance(module, ParametrizationList)
 
-    found: list[torch.nn.Module] = []
-    for child in module.children():
-        found += [child] if is_list(module) and not is_list(child) else blocks_of(child)
-    return found
+
+def _members(module: torch.nn.Module) -> list[torch.nn.Module]:
+    return [part for child in module.children() for part in (_members(child) if _is_list(child) else [child])]
+
+
+def linear_layers(module: torch.nn.Module) -> Iterator[torch.nn.Linear]:
+    """Linear layers whose weight no other layer holds, too: int8 can make it small."""
+    import torch
+
+    layers = [m for m in module.modules() if isinstance(m, torch.nn.Linear)]
+    others = (m for m in module.modules() if not isinstance(m, torch.nn.Linear))
+    shared = {id(t) for m in others for t in m.parameters(recurse=False)}
+    yield from (layer for layer in layers if id(layer.weight) not in shared)
 
 
 def leaf_classes() -> tuple[type[torch.nn.Module], ...]:
@@ -122,10 +175,10 @@ def leaf_classes() -> tuple[type[torch.nn.Module], ...]:
     return (*convolutions, *transposed, nn.Linear, nn.Embedding)
 
 
-def _tensors(module: torch.nn.Module, *, recurse: bool = True) -> Iterator[torch.Tensor]:
+def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
     """Parameters and buffers, each once."""
-    yield from module.parameters(recurse)
-    yield from {id(b): b for b in module.buffers(recurse)}.values()
+    yield from module.parameters()
+    yield from {id(b): b for b in module.buffers()}.values()
 
 
 def _floats(tensors: Iterable[torch.Tensor]) -> int:

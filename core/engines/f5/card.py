@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from pathlib import Path
 
-from core.card import Ability, Card, Checkpoint, Licence, Modality, Options, Paradigm, knob
+from core.card import Ability, Card, Checkpoint, Licence, Modality, Options, Paradigm, Working, knob
 from core.errors import BadInput, WeightsError
 from core.media import probe_audio
 from core.requests import SpeechRequest
@@ -130,6 +130,9 @@ CARD = Card(
         name="CC-BY-NC-4.0", url="https://huggingface.co/SWivid/F5-TTS", commercial=False
     ),
     languages=("en", "zh"),
+    strategies=("resident", "model_offload", "group_block", "group_leaf", "device_map", "cpu"),
+    whole=frozenset({"vocoder"}),  # used by its parts
+    working=Working(share=0.2),  # 22 s of mel, twice for the guidance: 155 MiB; and the vocoder
     sample_rate=24_000,
     abilities=frozenset({Ability.CLONE}),
     reference_seconds=REFERENCE_SECONDS,

@@ -8,8 +8,11 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,10 +89,12 @@ class F5Engine(Engine):
                 }
             )
         self.model, self.vocoder = loaded["model"], loaded["vocoder"]
+        self.model.mel_spec.cpu()  # it has no weights, and goes where the recording is
         works_on(self.model, self.device)
 
     def components(self) -> Mapping[str, torch.nn.Module]:
-        return {"transformer": self.model, "vocoder": self.vocoder} if hasattr(self, "model") else {}
+        """The flow's transformer and the vocoder; around the former there is nothing that has weights."""
+        return _components(self.model, self.vocoder) if hasattr(self, "model") else {}
 
     @staticmethod
     def skeleton(folder: Path) -> Mapping[str, torch.nn.Module]:
@@ -103,7 +108,7 @@ class F5Engine(Engine):
             shape = json.loads((folder / _SHAPE_FILE).read_text("utf-8"))
         with skeleton(), _quietly():
             model = CFM(DiT(**shape, mel_dim=utils_infer.n_mel_channels))
-            return {"transformer": model, "vocoder": Vocos.from_hparams(str(vocoder))}
+            return _components(model, Vocos.from_hparams(str(vocoder)))
 
     def generate(self, request: SpeechRequest, options: F5Options, run: Run) -> Audio:
         """Sentences are joined with pauses; the library's cross-fade is for texts cut inside a sentence."""
@@ -122,6 +127,9 @@ class F5Engine(Engine):
             return join([self._speak(s, reference, words, options) for s in sentences], CARD.sample_rate)
         finally:
             hook.remove()
+            # The library keeps the tables of its spectrogram on the device, in a module's variable.
+            vocos_mel_stft_cache.clear()
+            self.model.mel_spec.cpu()
 
     def _speak(self, sentence: str, reference: Audio, words: str, options: F5Options) -> np.ndarray:
         wave, _rate, _mel = next(
@@ -129,8 +137,8 @@ class F5Engine(Engine):
                 (torch.from_numpy(reference.samples)[None], reference.rate),
                 words,
                 [sentence],  # several would run in threads at once
-                self.model,
-                self.vocoder,
+                _Moved(self.model.sample, partial(self.using, "transformer")),
+                _Moved(self.vocoder.decode, partial(self.using, "vocoder")),
                 progress=None,
                 nfe_step=options.steps,
                 cfg_strength=options.cfg_strength,
@@ -161,9 +169,23 @@ class F5Engine(Engine):
         bytes_at_once = pace * (_SECONDS_AT_ONCE - reference.seconds)
         return max(_SHORTEST_LIMIT, int(bytes_at_once * len(text) / len(text.encode())))
 
-    def close(self) -> None:
-        # The library keeps its spectrogram transforms, one for each device, in a module's variable.
-        vocos_mel_stft_cache.clear()
+
+class _Moved:
+    """Stands for a model: its one method that the library calls, with the model on the device meanwhile."""
+
+    def __init__(self, call: Callable[..., Any], using: Callable[[], AbstractContextManager[None]]) -> None:
+        self._call = call
+        self._using = using
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._using():
+            return self._call(*args, **kwargs)
+
+    sample = decode = __call__
+
+
+def _components(model: CFM, vocoder: Vocos) -> dict[str, torch.nn.Module]:
+    return {"transformer": model.transformer, "vocoder": vocoder}
 
 
 def _load_model(weights: Path, dtype: torch.dtype, device: str) -> CFM:

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Collection
 from pathlib import Path
 
-from core.card import Card, Checkpoint, Licence, Modality, Options, Paradigm, knob
+from core.card import Card, Checkpoint, Licence, Modality, Options, Paradigm, Working, knob
 from core.errors import BadInput, WeightsError
 from core.requests import SpeechRequest
 
@@ -172,6 +172,8 @@ CARD = Card(
         name="CC-BY-NC-4.0", url="https://creativecommons.org/licenses/by-nc/4.0/", commercial=False
     ),
     languages=tuple(VOICES),
+    strategies=("resident", "group_block", "group_leaf", "device_map", "cpu"),
+    working=Working(share=1.25),  # the decoder of 17 s at once, the longest sentence: 163 MiB
     sample_rate=16000,
     options=MmsOptions,
     source="https://arxiv.org/abs/2305.13516",

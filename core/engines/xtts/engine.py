@@ -50,7 +50,9 @@ class Xtts(Engine):
                 reason = " ".join(str(error).split())[:300]
                 raise WeightsError(f"model.pth is damaged or foreign: {reason}") from error
         self.tts.to(placement.load_device)
+        self._model.mel_stats = self._model.mel_stats.cpu()  # the library uses it only there
         works_on(self._model, placement.device)
+        works_on(self._model.gpt.gpt_inference, placement.device)
 
     def components(self) -> Mapping[str, torch.nn.Module]:
         return _components(self._model) if hasattr(self, "tts") else {}
@@ -79,7 +81,10 @@ class Xtts(Engine):
         run.check()
         with self.using("gpt", "decoder"):  # the decoder speaks while the GPT still thinks
             voice = self._voice(request, options)
-            spoken = self._speak(sentences, language, voice, options, progress, run)
+            try:
+                spoken = self._speak(sentences, language, voice, options, progress, run)
+            finally:
+                self._model.gpt.gpt_inference.store_prefix_emb(None)  # the library keeps the last sentence's
         return join([np.concatenate(spoken)] if spoken else [], rate)
 
     def _speak(
@@ -156,6 +161,11 @@ class Xtts(Engine):
 
 
 def _components(model: XttsModel) -> dict[str, torch.nn.Module]:
+    # What generates tokens holds the very layers of `gpt` under other names: no part of it, only a user.
+    # Found twice, they would be planned and moved twice.
+    for owner, name in ((model.gpt, "gpt_inference"), (model.gpt.gpt, "wte")):
+        if name in owner._modules:
+            vars(owner)[name] = owner._modules.pop(name)
     return {"gpt": model.gpt, "decoder": model.hifigan_decoder}
 
 
