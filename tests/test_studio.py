@@ -348,7 +348,9 @@ def test_a_tab_of_another_kind_keeps_nothing_and_takes_nothing(short):
     until(lambda: short._presence.left() == {Modality.MUSIC})
     until(lambda: held(short).get("unruly"))
     several_looks = held(short)["unruly"].idle_seconds + 4  # the studio looks every second
-    until(lambda: short.status().held[0].state != "loaded" or held(short)["unruly"].idle_seconds > several_looks)
+    until(
+        lambda: short.status().held[0].state != "loaded" or held(short)["unruly"].idle_seconds > several_looks
+    )
     assert held(short)["unruly"].state == "loaded"
 
 
