@@ -98,6 +98,22 @@ def test_a_press_is_forecast_from_takes_and_from_what_is_loaded(studio):
     assert studio.forecast_line([order("nobody")]) == ""
 
 
+def test_the_budget_is_the_operators_to_change(studio, monkeypatch):
+    with pytest.raises(BadInput, match="Only the operator"):
+        studio.set_budget(0.5)
+    monkeypatch.setattr(studio, "settings", studio.settings.model_copy(update={"operator_page": True}))
+    while not studio.status().memory_total:
+        time.sleep(0.05)
+    whole = studio.status().device_size
+    studio.set_budget(0.5)
+    while studio.status().memory_total == whole:
+        time.sleep(0.05)
+    assert studio.status().memory_total == whole // 2 and studio.status().device_size == whole
+    studio.set_budget(1.0)
+    while studio.status().memory_total != whole:
+        time.sleep(0.05)
+
+
 def test_orders_are_queued_all_or_none(studio):
     before = len(studio.jobs("bert"))
     with pytest.raises(BadInput, match="There is no engine 'nobody'"):
@@ -244,6 +260,7 @@ def short(tmp_path):
             device="cpu",
             threads=1,
             engine_modules=("tests.unruly",),
+            memory_budget=2**30,
             leave_seconds=0.5,
         )
     )
@@ -300,6 +317,18 @@ def test_a_tab_that_everyone_left_gives_its_engines_back(short):
     assert held(short)["unruly"].state == "loaded", "a page still shows the tab"
     short.leave("page")
     until(lambda: not short.status().loaded)
+
+
+def test_what_everyone_left_is_parked_and_what_is_unloaded_is_gone(short):
+    short.visit("page", Modality.SPEECH)
+    for job in short.submit([order(), order("espeak")], "anna"):
+        finish(short, job)
+    short.leave("page")
+    until(lambda: [h.state for h in short.status().held] == ["parked"])
+    parked = held(short)["unruly"]
+    assert parked.device_bytes == 0 < parked.ram_bytes and not parked.kept
+    short.unload("unruly")
+    until(lambda: not short.status().held)
 
 
 def test_a_job_that_outlasts_its_page_keeps_its_engine_until_it_is_over(short):

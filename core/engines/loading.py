@@ -224,8 +224,9 @@ def _assign(
         # Cast first: the device never holds more than the model's own bytes.
         return tensors[name].to(wanted[name].dtype).to(device)
 
+    work = torch.device(device).type != "cpu" or any(tensors[n].dtype != wanted[n].dtype for n in found)
     with ThreadPoolExecutor(_THREADS) as pool:
-        placed = dict(zip(found, pool.map(place, found), strict=True))
+        placed = dict(zip(found, (pool.map if work else map)(place, found), strict=True))
     with _patching:
         model.load_state_dict(placed, strict=False, assign=True)
     return wanted.keys() - placed.keys(), tensors.keys() - placed.keys()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -79,9 +78,10 @@ class Shelf:
                 plain = type(host) is torch.Tensor
                 known[id(tensor)] = host.pin_memory() if pin and plain else host
             found.append(known[id(tensor)])
-            return tensor
+            # In host memory the copy takes its place at once, or there would be two of the whole.
+            return known[id(tensor)] if tensor.device.type == "cpu" else tensor
 
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             self._module._apply(note)
         return found
 
@@ -210,8 +210,6 @@ class Arrangement:
 
         device = torch.device(self.placement.device)
         by_block = self.placement.strategy == "group_block"
-        # It warns of layers that the first pass left out; they are brought when their turn comes.
-        logging.getLogger("diffusers.hooks.group_offloading").setLevel(logging.ERROR)
         for name, component in self._components.items():
             if name in self._whole:
                 continue
@@ -224,10 +222,14 @@ class Arrangement:
                     offload_type="block_level" if by_block else "leaf_level",
                     num_blocks_per_group=1 if by_block else None,
                     block_modules=holders,
-                    # On CUDA the next piece is copied while one works, from pinned memory. With lists of
-                    # layers at several depths diffusers cannot tell which piece is the next.
+                    # On CUDA pieces are copied from pinned memory, and what they hold there is only dropped.
+                    # With lists of layers at several depths diffusers cannot do so.
                     use_stream=device.type == "cuda" and not holders,
                 )
+            if not by_block:
+                _fetch_in_turn(component)
+        for hook in self._streams():
+            _list_once(hook.group)
         for module in self._staying():
             module.to(device)
 
@@ -315,6 +317,29 @@ def _set_aside(component: torch.nn.Module, layers: Mapping[str, torch.nn.Module]
     finally:
         for path, layer in layers.items():
             component.set_submodule(path, layer)
+
+
+def _list_once(group: Any) -> None:
+    """Leave out of a group's own tensors those of its modules.
+
+    diffusers lists them in both; a buffer, which becomes a new tensor with each move of its module, would be
+    on the device twice.
+    """
+    inside = {id(t) for module in group.modules for t in (*module.parameters(), *module.buffers())}
+    group.parameters = [t for t in group.parameters if id(t) not in inside]
+    group.buffers = [t for t in group.buffers if id(t) not in inside]
+
+
+def _fetch_in_turn(component: torch.nn.Module) -> None:
+    """Bring each layer when its turn comes, not while the one before it works.
+
+    diffusers would learn the order from the first pass, and bring the wrong ones where a later pass skips
+    some: those that made what a model keeps from its first step to the last, say.
+    """
+    registry = getattr(component, "_diffusers_hook", None)
+    if registry:
+        registry.remove_hook("lazy_prefetch_group_offloading", recurse=False)
+        registry.remove_hook("layer_execution_tracker", recurse=True)
 
 
 def _loose(module: torch.nn.Module, places: Mapping[str, int | str]) -> list[str]:

@@ -155,6 +155,10 @@ class Device:
     def settle(self) -> None:
         """Give freed memory back: first the garbage, then the allocators' caches."""
         gc.collect()
+        self.trim()
+
+    def trim(self) -> None:
+        """Give the allocators' caches back."""
         if self.is_cuda:
             self._torch.cuda.synchronize(self.name)
             # The work space that cuBLAS keeps would look like something an engine left.

@@ -37,6 +37,7 @@ class Component:
     floats: int
     fixed: int = 0  # bytes of what keeps its type: integers, flags
     linear: int = 0  # floats in the weights of linear layers, which int8 makes a byte each
+    rows: int = 0  # of these weights, each of which then has a scale
     block: int = 0  # floats on the device at once when it is streamed block by block
     leaf: int = 0  # the same, layer by layer
     largest: int = 0  # floats of its largest piece, which a device map keeps in one place
@@ -44,8 +45,9 @@ class Component:
     whole: bool = False  # it cannot be taken apart
 
     def bytes(self, dtype: str, quantisation: str = "") -> int:
-        small = self.linear if quantisation else 0
-        return (self.floats - small) * ITEM_BYTES[dtype] + small + self.fixed
+        if quantisation:
+            return (self.floats - self.linear + self.rows) * ITEM_BYTES[dtype] + self.linear + self.fixed
+        return self.floats * ITEM_BYTES[dtype] + self.fixed
 
     def staying(self, dtype: str) -> int:
         """Bytes that never leave the device, in any way of running it there."""
@@ -85,6 +87,7 @@ def _measure(name: str, module: torch.nn.Module, whole: Set[str]) -> Component:
 
     tensors = list(_tensors(module))
     floats = _floats(tensors)
+    small = list({id(layer.weight): layer.weight for layer in linear_layers(module)}.values())
     kept = [t for layer in layers_kept(name, module, whole).values() for t in layer.parameters()]
     stays = {id(t): t for t in (*kept, *module.buffers())}
     moving = [t for t in tensors if id(t) not in stays]
@@ -100,7 +103,8 @@ def _measure(name: str, module: torch.nn.Module, whole: Set[str]) -> Component:
         name=name,
         floats=floats,
         fixed=sum(t.numel() * t.element_size() for t in tensors if not t.is_floating_point()),
-        linear=sum(t.numel() for t in _linear(module)),
+        linear=sum(weight.numel() for weight in small),
+        rows=sum(len(weight) for weight in small),
         block=min(_floats(moving), loose + 2 * largest),
         leaf=min(_floats(moving), 2 * leaf),
         largest=max(largest, leaf),
@@ -157,10 +161,6 @@ def linear_layers(module: torch.nn.Module) -> Iterator[torch.nn.Linear]:
     others = (m for m in module.modules() if not isinstance(m, torch.nn.Linear))
     shared = {id(t) for m in others for t in m.parameters(recurse=False)}
     yield from (layer for layer in layers if id(layer.weight) not in shared)
-
-
-def _linear(module: torch.nn.Module) -> list[torch.Tensor]:
-    return list({id(layer.weight): layer.weight for layer in linear_layers(module)}.values())
 
 
 def leaf_classes() -> tuple[type[torch.nn.Module], ...]:

@@ -47,9 +47,10 @@ from core.worker.messages import (
     Unload,
 )
 from core.worker.outputs import save
+from core.worker.proof import forget
 
 PULSE_SECONDS = 2.0
-TICK_SECONDS = 5.0  # without a message, after which idle engines are looked at
+TICK_SECONDS = 1.0  # without a message, after which idle engines are looked at
 EVENTS_PER_SECOND = 10.0  # of steps; an eye sees no more
 LIBRARIES = ("torch", "transformers", "coqui-tts", "f5-tts")  # whose versions go into a take
 
@@ -179,12 +180,13 @@ class Host:
 
     def pulse(self) -> Pulse:
         device = self.memory.known_device
-        ram = ram_used()
+        ram, size = ram_used(), device.total() if device else ram_total()
         return Pulse(
             device=device.title if device else "CPU",
             device_name=device.name if device else "cpu",
             device_used=device.used() if device else ram,
-            device_total=self.memory.budget or (device.total() if device else ram_total()),
+            device_total=min(size, self.memory.budget or size),
+            device_size=size,
             ram_used=ram,
             ram_total=ram_total(),
             loaded=self.residency.loaded,
@@ -281,7 +283,8 @@ class Host:
             try:
                 return self._attempt(wanted, job, run, meter)
             except RanOut as error:
-                short = error.with_traceback(None)  # a kept traceback would keep the model alive
+                short = error
+                forget(short)
             self.residency.release_all(wanted.card.id)
             again = short.loading or (wanted.after is None and not run.first_audio)
             wanted = replace(wanted, forced=None, after=short.placement)

@@ -78,7 +78,7 @@ class Memory:
         self.ram_budget = settings.ram_budget or int(_RAM_SHARE * ram_total())
         self._device: Device | None = None
         self._footprints: dict[tuple[str, Path | None, str], Footprint] = {}
-        self.residency = Residency(self._settle, self._device_used, tell)
+        self.residency = Residency(self._settle, self._trim, self._device_used, tell)
 
     @property
     def device(self) -> Device:
@@ -248,6 +248,10 @@ class Memory:
         if self._device:
             self._device.settle()
 
+    def _trim(self) -> None:
+        if self._device:
+            self._device.trim()
+
 
 def _with_shares(rung: Rung, present: Placement) -> Rung:
     """A rung with the shares of a device map that is there already, and needs no more of the disk."""
@@ -273,8 +277,7 @@ def _claim(rung: Rung, demand: Demand) -> Claim:
     elif at.strategy == "model_offload":
         idle = Bytes(0, rung.ram_bytes)
     else:
-        whole = sum(c.bytes(at.dtype) for c in size.components if c.whole)
-        idle = Bytes(whole, rung.ram_bytes)
+        idle = Bytes(sum(c.staying(at.dtype) for c in size.components), rung.ram_bytes)
     return Claim(busy, idle, parked=Bytes(0, weights))
 
 

@@ -1,14 +1,21 @@
-"""Where an engine's components go: a ladder of ways to run it, from the fastest to the smallest."""
+"""Where an engine's components go: a ladder of ways to run it, from the fastest to the smallest.
+
+`python -m core.worker.placement` writes `docs/placement.md`: what that comes to on cards of several sizes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
 
 from core.card import Card, Strategy
+from core.catalog import Catalog
 from core.engines.base import Placement
 from core.errors import DoesNotFit
-from core.worker.footprint import ITEM_BYTES, Component, Footprint
+from core.requests import SpeechRequest
+from core.worker.footprint import ITEM_BYTES, Component, Footprint, folder_of, shipped
 
 NAMES: dict[Strategy, str] = {
     "resident": "resident",
@@ -202,3 +209,51 @@ def _list(names: Sequence[str]) -> str:
 
 def size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "placement.md"
+
+_CARDS_GB = (1, 2, 4, 6, 8, 12, 16, 24, 48, 80)
+_RAM = 32 * 2**30
+_DISK = 100 * 10**9
+_USUAL = "x" * 200  # the text of a usual request
+_INTRODUCTION = f"""\
+# What runs where
+
+Made by `python -m core.worker.placement` from the engines' footprints and cards; a test holds it to them.
+For each checkpoint the first way to run it that fits a card with so many free bytes (1 GB is 10⁹), beside
+{_RAM // 2**30} GiB of RAM and {_DISK // 10**9} GB of disk, for a text of {len(_USUAL)} characters and
+with the working memory that the engine's card guesses; the worker plans with what earlier takes measured.
+
+| Engine | Checkpoint | Card | Way | Type | On the card | In RAM |
+|---|---|---|---|---|---|---|
+"""
+
+
+def as_markdown(catalog: Catalog) -> str:
+    """The placements of every engine and checkpoint with a shipped footprint, on cards of several sizes."""
+    rows = []
+    for card in catalog.cards():
+        known = shipped(folder_of(catalog.package(card.id))) if card.has_weights else {}
+        for repository, footprint in known.items():
+            label = next(c.label or c.folder for c in card.checkpoints if c.repository == repository)
+            if len(card.checkpoints) > len(known):
+                label = "each language"
+            rows += [f"| {card.name} | {label} | {row} |" for row in _rows(card, footprint)]
+    return _INTRODUCTION + "\n".join(rows) + "\n"
+
+
+def _rows(card: Card, footprint: Footprint) -> Iterator[str]:
+    """One for each run of card sizes that are used in the same way."""
+    demand = Demand(card, footprint, working_bytes(card, footprint, card.units(SpeechRequest(text=_USUAL))))
+    plans = [(gb, plan(demand, Room("cuda", gb * 10**9, _RAM, _DISK))) for gb in _CARDS_GB]
+    for rung, run in groupby(plans, key=lambda pair: pair[1]):
+        sizes = [gb for gb, _ in run]
+        at = rung.placement
+        where = f"{sizes[0]} GB" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} GB"
+        way = f"{NAMES[at.strategy]}, {at.quantisation}" if at.quantisation else NAMES[at.strategy]
+        yield " | ".join([where, way, at.dtype, size(rung.device_bytes), size(rung.ram_bytes)])
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(as_markdown(Catalog()), "utf-8")

@@ -9,8 +9,8 @@ from types import FrameType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any
 
 _STARTS = 2  # of what is still alive; the others are held by the same, nearly always
-_LEVELS = 8  # from a parameter over its module and its parents to a list in some library
-_WIDTH = 4  # holders looked at on each level, since each look goes through all objects there are
+_LEVELS = 24  # from a parameter over its module and its parents, three a parent, to a list in some library
+_WIDTH = 3  # holders looked at on each level, since each look goes through all objects there are
 _LINES = 5
 
 
@@ -37,7 +37,8 @@ def holders(alive: Sequence[object]) -> tuple[str, ...]:
                 if id(holder) in known:
                     found.append(f"{way} < {known[id(holder)]}.{_name_in(holder, held)}")
                 elif id(holder) not in ways and len(above) < _WIDTH:
-                    ways[id(holder)] = f"{way} < {_words(holder)}"
+                    # Every module has dictionaries between itself and its parts.
+                    ways[id(holder)] = way if type(holder) is dict else f"{way} < {_words(holder)}"
                     above.append(holder)
             if dead_end:
                 found.append(way)

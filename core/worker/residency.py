@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -138,7 +139,8 @@ class Residency:
     """Keeps engines in memory until their room is needed: on the device, then parked in host memory.
 
     Args:
-        settle: frees garbage and the allocators' caches.
+        settle: frees garbage, then the allocators' caches.
+        trim: frees the allocators' caches only, which takes no time.
         device_used: bytes used on the device now; None where that is no proof (host memory).
         told: called with each `Released`.
         clock: seconds.
@@ -147,11 +149,13 @@ class Residency:
     def __init__(
         self,
         settle: Callable[[], None],
+        trim: Callable[[], None],
         device_used: Callable[[], int | None],
         told: Callable[[Released], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settle = settle
+        self._trim = trim
         self._device_used = device_used
         self._told = told
         self._clock = clock
@@ -283,8 +287,7 @@ class Residency:
         try:
             resident.arrangement.unpark()
         except BaseException as error:
-            log.exception("%s could not be brought back", resident.key.engine)
-            failed = forget(error)
+            failed = _told(error, "%s could not be brought back", resident)
         if failed:  # half of it is on the device
             self.release(resident.key)
             raise failed
@@ -300,8 +303,7 @@ class Residency:
         try:
             resident.arrangement.rest()
         except Exception as error:  # what the device is in for then, the next job would meet
-            log.exception("%s could not be put to rest", resident.key.engine)
-            forget(error)
+            _told(error, "%s could not be put to rest", resident)
             self.release(resident.key)
 
     # Going.
@@ -353,8 +355,7 @@ class Residency:
                 resident.arrangement.undo()
                 resident.engine.close()
             except Exception as error:  # it must not become the fault of the job that needs the room
-                log.exception("%s did not close cleanly", key.engine)
-                forget(error)
+                _told(error, "%s did not close cleanly", resident)
             vars(resident.engine).clear()
             del resident
             self._settle()
@@ -438,12 +439,13 @@ class Residency:
         try:
             resident.arrangement.park()
         except Exception as error:
-            log.exception("%s could not be parked", resident.key.engine)
-            forget(error)
+            _told(error, "%s could not be parked", resident)
             self.release(resident.key)
             return
         resident.parked, resident.taken = True, 0
-        self._settle()
+        self._trim()
+        if self._left(expected) > _SLACK:
+            self._settle()  # garbage of the last job may hold it
         if (left := self._left(expected)) > _SLACK:
             log.warning("%s left %d bytes on the device when it was parked", resident.key.engine, left)
             self.release(resident.key)
@@ -479,6 +481,12 @@ class Residency:
     def _left(self, expected: int | None) -> int:
         used = self._device_used()
         return 0 if used is None or expected is None else max(0, used - expected)
+
+
+def _told(error: BaseException, what: str, resident: Resident) -> BaseException:
+    """Log a fault as text: a kept traceback, be it in a log record, would keep the model alive."""
+    log.error(f"{what}\n%s", resident.key.engine, "".join(traceback.format_exception(error)))
+    return forget(error)
 
 
 def _of(size: Bytes, pool: Pool) -> int:

@@ -25,7 +25,7 @@ from tests.support import miniature
 
 ROUNDS = 9
 BOUND = 0.9  # of the library's time
-COPIES = 1.1  # of the weights' bytes: one, and what loading needs beside them
+COPIES = 1.2  # of the weights' bytes: one, and the tables that a skeleton holds until they are read
 MB = 1_000_000
 NEW_PEAK = "5"  # to /proc/self/clear_refs: forget the highest resident size so far
 
@@ -129,7 +129,7 @@ def _bark_wide(folder: Path) -> None:
     shutil.copytree(miniature("bark"), folder, dirs_exist_ok=True)
     config = BarkConfig.from_pretrained(folder)
     for stage in (config.semantic_config, config.coarse_acoustics_config, config.fine_acoustics_config):
-        stage.hidden_size, stage.num_heads, stage.num_layers = 256, 8, 12
+        stage.hidden_size, stage.num_heads, stage.num_layers = 384, 8, 6
     config.codec_config = type(config.codec_config)()  # the hub's, whole
     config.save_pretrained(folder)
     torch.save(BarkModel(config).state_dict(), folder / "pytorch_model.bin")

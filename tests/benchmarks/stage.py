@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from core.catalog import Catalog
@@ -22,9 +24,8 @@ class Stage:
         self.folder.mkdir()
         self.released: list[Released] = []
         self._last: FromWorker | None = None
-        self.host = Host(
-            Settings(home=folder / "home", cache=cache(), device="cpu", threads=1, **settings), self._hear
-        )
+        given = {"home": folder / "home", "cache": cache(), "device": "cpu", "threads": 1}
+        self.host = Host(Settings(**given | settings), self._hear)
 
     def _hear(self, message: FromWorker) -> None:
         if isinstance(message, Released):
@@ -36,6 +37,20 @@ class Stage:
         self.host.run(RunJob("job", order, self.folder, online=False))
         assert isinstance(self._last, JobEvent) and isinstance(self._last.event, Finished), self._last
         return self._last.event
+
+
+@contextmanager
+def gpu(total: int) -> Iterator[str]:
+    """The GPU of this machine or, without one, the tests' pretend card; yields what to call it."""
+    import torch
+
+    from tests.pretend import AVAILABLE, card
+
+    if not AVAILABLE:
+        yield str(torch.cuda.get_device_name())
+        return
+    with card(total):
+        yield "pretend card"
 
 
 def cache() -> Path:

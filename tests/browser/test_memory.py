@@ -57,6 +57,20 @@ def clone_a_voice(page: Page) -> None:
     page.get_by_label("I may use this voice").check()
 
 
+def test_the_operator_holds_engines_to_a_part_of_the_memory(visit, own_site):
+    page = visit(address=own_site)
+    in_header(page)
+    button(page).click()
+    half = sheet(page).locator('[data-act="budget"][data-id="0.5"]')
+    words = half.inner_text()
+    half.click()
+    expect(half).to_have_attribute("aria-pressed", "true", timeout=PATIENCE)
+    expect(sheet(page).locator("figcaption").first).to_contain_text(f"free of {words}")
+    expect(sheet(page)).to_be_visible()
+    sheet(page).get_by_role("button", name="all of it").click()
+    expect(half).to_have_attribute("aria-pressed", "false", timeout=PATIENCE)
+
+
 def test_every_engine_is_seen_loaded_and_unloaded(visit, own_site):
     page = visit(address=own_site)
     assert "nothing loaded" in in_header(page)

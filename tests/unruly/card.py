@@ -9,7 +9,8 @@ LICENCE = Licence(name="Apache-2.0")
 
 class UnrulyOptions(Options):
     behave: Literal[
-        "well", "crash", "killed", "exit", "hang", "deaf", "frozen", "memory", "fail", "leak", "quit", "empty"
+        *("well", "crash", "killed", "exit", "hang", "deaf", "frozen", "memory", "fail", "leak", "quit"),
+        *("empty", "die when parked", "die when brought back"),
     ] = knob("well", "What to do instead of working.")
     steps: int = knob(3, "How many steps to report.", ge=1, le=100_000)
 

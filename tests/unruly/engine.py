@@ -17,9 +17,26 @@ from core.media import Audio
 LEAKED: list[Any] = []
 
 
+class Layer(torch.nn.Linear):
+    """Ends the process when it is moved once more than `moves` says."""
+
+    moves = 1_000_000  # parking makes two: one to copy the weights, one to put the copies in their place
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        if self.moves == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.moves -= 1
+        return super()._apply(*args, **kwargs)
+
+
 class Unruly(Engine):
     def load(self, weights: Path | None, placement: Placement) -> None:
-        self.layer = torch.nn.Linear(8, 8)
+        self.layer = Layer(8, 8, device=placement.load_device)
+        self.device = placement.device
+
+    @staticmethod
+    def skeleton(folder: Path) -> dict[str, torch.nn.Module]:
+        return {"layer": torch.nn.Linear(8, 8, device="meta")}
 
     def generate(self, request: Any, options: Any, run: Run) -> Audio:
         print(f"seed {run.seed}")  # libraries print too
@@ -46,6 +63,10 @@ class Unruly(Engine):
                 raise SystemExit("wrong arguments")
             case "empty":
                 return Audio(np.zeros(0, np.float32), 16000)
+            case "die when parked":
+                self.layer.moves = 0
+            case "die when brought back":
+                self.layer.moves = 2
             case "leak":
                 LEAKED.append(self.layer)
         for done in range(options.steps):

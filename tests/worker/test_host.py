@@ -32,7 +32,7 @@ class Stage:
         if isinstance(message, JobEvent) and isinstance(message.event, Step):
             self.on_step()
 
-    def run(self, behave: str = "well", engine: str = "unruly", steps: int = 3, **changes):
+    def run(self, behave: str = "well", engine: str = "unruly", steps: int = 3, working=None, **changes):
         options = {"behave": behave, "steps": steps} if engine == "unruly" else {}
         given = {
             "engine": engine,
@@ -43,7 +43,7 @@ class Stage:
         }
         self.folder.mkdir(exist_ok=True)
         self.told.clear()
-        self.host.run(RunJob("job", Order(**given | changes), self.folder, online=False))
+        self.host.run(RunJob("job", Order(**given | changes), self.folder, online=False, working=working))
         events = [m.event for m in self.told if isinstance(m, JobEvent)]
         assert sum(isinstance(e, Finished | Failed | Stopped) for e in events) == 1
         return events
@@ -134,7 +134,7 @@ def test_a_stop_between_two_steps_ends_the_job_and_keeps_the_engine(stage):
 
 
 def test_a_memory_budget_that_is_too_small_says_what_is_needed(settings, tmp_path):
-    stage = Stage(settings.model_copy(update={"memory_budget": 1000}), tmp_path / "job")
+    stage = Stage(settings.model_copy(update={"memory_budget": 100}), tmp_path / "job")
     failed = stage.run()[-1]
     assert isinstance(failed, Failed) and "Unruly needs about" in failed.reason
 

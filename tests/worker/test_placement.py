@@ -12,7 +12,7 @@ from core.catalog import Catalog
 from core.engines.base import Placement
 from core.errors import DoesNotFit
 from core.worker.footprint import Component, Footprint
-from core.worker.placement import Demand, Room, in_words, ladder, plan
+from core.worker.placement import DOCUMENT, Demand, Room, as_markdown, in_words, ladder, plan
 
 GIB = 2**30
 ALL = ("resident", "model_offload", "group_block", "group_leaf", "device_map", "cpu")
@@ -150,3 +150,7 @@ def test_a_placement_is_told_in_words():
 def test_a_placement_can_be_kept_as_text():
     kept = json.loads(json.dumps(plan(demand(), room(12)).placement.record))
     assert kept == {"device": "cuda", "dtype": "float16", "strategy": "model_offload"}
+
+
+def test_the_table_in_the_documents_is_what_is_planned():
+    assert DOCUMENT.read_text("utf-8") == as_markdown(Catalog()), "run python -m core.worker.placement"

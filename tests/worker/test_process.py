@@ -36,7 +36,14 @@ class Bench:
         self.events: queue.Queue = queue.Queue()
         self.worker.start(lambda job, event: self.events.put((job, event)))
 
-    def begin(self, behave: str = "well", job: str = "job", steps: int = 3, seed: int = 1) -> None:
+    def begin(
+        self,
+        behave: str = "well",
+        job: str = "job",
+        steps: int = 3,
+        seed: int = 1,
+        weights: str = "miniature",
+    ) -> None:
         folder = self.folder / job
         folder.mkdir(parents=True, exist_ok=True)
         order = Order(
@@ -44,7 +51,7 @@ class Bench:
             request=SpeechRequest(text="hello"),
             options={"behave": behave, "steps": steps},
             seed=seed,
-            weights="miniature",
+            weights=weights,
         )
         self.worker.run(RunJob(job, order, folder, online=False))
 
@@ -194,6 +201,80 @@ def test_what_a_release_left_behind_is_given_back_though_no_job_comes(bench):
     assert select.select([pidfd], [], [], PATIENCE)[0]
     os.close(pidfd)
     assert bench.works()
+
+
+@contextmanager
+def parking(bench: Bench, budget: int) -> Iterator[None]:
+    """With a budget an engine is parked on a CPU, too."""
+    bench.worker.set_budget(budget)
+    yield
+    bench.worker.set_budget(None)
+
+
+def until_told(bench: Bench, parked: tuple[str, ...]) -> None:
+    ends = time.monotonic() + PATIENCE
+    while not bench.worker.pulse or bench.worker.pulse.parked != parked:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+
+
+def test_leaving_an_engine_parks_it_and_its_next_job_brings_it_back(bench):
+    with parking(bench, 2**30):
+        assert bench.works()
+        bench.worker.unload("unruly", park=True)
+        until_told(bench, ("unruly",))
+        assert bench.worker.pulse.loaded == () and bench.worker.pulse.ram_held > 0
+        assert bench.works()
+        until_told(bench, ())
+    bench.worker.unload()
+
+
+def test_a_process_killed_while_it_parks_is_replaced_and_keeps_the_changed_budget(bench):
+    before = bench.worker.restarts
+    with parking(bench, 2**30):
+        bench.begin("die when parked")
+        assert isinstance(bench.end(), Finished)
+        pidfd = os.pidfd_open(bench.worker.pid)
+        bench.worker.unload(park=True)
+        assert select.select([pidfd], [], [], PATIENCE)[0]
+        os.close(pidfd)
+        assert bench.works()
+        assert bench.worker.pulse.device_total == 2**30
+    assert bench.worker.restarts == before + 1
+
+
+def test_a_job_in_whose_way_parking_kills_the_process_ends_with_the_reason(bench):
+    (other := bench.folder / "other").mkdir()
+    (other / "weights.bin").write_bytes(bytes(1000))
+    with parking(bench, 500):  # one checkpoint needs 360 bytes
+        bench.begin("die when parked")
+        assert isinstance(bench.end(), Finished)
+        bench.begin(weights=str(other))
+        failed = bench.end()
+        assert isinstance(failed, Failed) and "was killed" in failed.reason
+        assert bench.works()
+
+
+def test_a_job_whose_engine_kills_the_process_as_it_comes_back_ends_with_the_reason(bench):
+    with parking(bench, 2**30):
+        bench.begin("die when brought back")
+        assert isinstance(bench.end(), Finished)
+        bench.worker.unload(park=True)
+        bench.begin()
+        failed = bench.end()
+        assert isinstance(failed, Failed) and "was killed" in failed.reason
+        assert bench.works()
+
+
+def test_an_idle_engine_leaves_the_device_by_itself(settings, tmp_path):
+    bench = Bench(settings.model_copy(update={"memory_budget": 2**30, "idle_timeout": 0.1}), tmp_path)
+    try:
+        assert bench.works()
+        until_told(bench, ("unruly",))
+        assert bench.works()
+        assert bench.worker.restarts == 0
+    finally:
+        bench.worker.close()
 
 
 def test_a_process_that_the_system_refuses_is_asked_for_again(bench, monkeypatch):

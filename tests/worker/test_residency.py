@@ -26,7 +26,6 @@ class Small(Engine):
 
     def load(self, weights, placement) -> None:
         self.layer = torch.nn.Linear(4, 4)
-        self.layer.itself = [self.layer]  # a cycle, as real pipelines have
 
     def generate(self, request, options, run):
         raise NotImplementedError
@@ -80,11 +79,13 @@ def claim(size: int, working: int = 0) -> Claim:
 class Keeper(Residency):
     """With a clock that a test turns, and limits of its own."""
 
-    def __init__(self, device: int = 100, ram: int = 0, device_used=lambda: None, **limits) -> None:
+    def __init__(
+        self, device: int = 100, ram: int = 0, device_used=lambda: None, settle=lambda: None, **limits
+    ) -> None:
         self.now = 0.0
         self.released = []
         self.limits = Limits(device, ram, **limits)
-        super().__init__(gc.collect, device_used, self.released.append, lambda: self.now)
+        super().__init__(settle, lambda: None, device_used, self.released.append, lambda: self.now)
 
     def hold(self, name: str, size: int | Claim = 10, made=make, placement=RESIDENT, seconds=1.0):
         """A lease; a load takes so many seconds."""
@@ -274,10 +275,11 @@ def test_a_smaller_budget_holds_at_once():
 
 
 def test_released_parameters_are_dead_and_the_engine_was_closed():
-    keeper, before = Keeper(), Small.closed
+    keeper, before = Keeper(settle=gc.collect), Small.closed
     gc.disable()
     try:
         with keeper.hold("a") as resident:
+            resident.engine.layer.itself = [resident.engine.layer]  # a cycle, as real pipelines have
             references = list(resident.parameters)
         del resident
         assert len(references) == 2 and all(reference() is not None for reference in references)
@@ -311,7 +313,7 @@ def test_a_parameter_that_something_still_holds_is_told_with_its_holder(caplog):
     finally:
         KEPT.clear()
     assert not released.clean and released.alive == 2
-    assert any(f"dict < list < {__name__}.KEPT" in line for line in released.holders), released.holders
+    assert any(f"Linear < list < {__name__}.KEPT" in line for line in released.holders), released.holders
     assert f"{__name__}.KEPT" in caplog.text
 
 
@@ -341,7 +343,6 @@ def test_a_release_beside_others_is_measured_by_what_it_took(left):
     give_back = 10 * 2**20 - left
 
     def settle() -> None:
-        gc.collect()
         used[0] -= give_back
 
     keeper._settle = settle
@@ -357,6 +358,15 @@ def test_parking_that_does_not_give_the_device_back_becomes_a_release(caplog):
     keeper.leave_device(keeper.limits)
     assert keeper.states() == {} and "when it was parked" in caplog.text
     assert not keeper.released[-1].clean
+
+
+def test_garbage_of_the_last_job_is_no_reason_against_parking():
+    used = [0]
+    keeper = Keeper(10, 10, device_used=lambda: used[0], settle=lambda: used.__setitem__(0, 0))
+    with keeper.hold("a"):
+        used[0] = 5 * 2**20
+    keeper.leave_device(keeper.limits)
+    assert keeper.states() == {"a": "parked"}
 
 
 @pytest.mark.parametrize("error", [ValueError("truncated"), KeyboardInterrupt()])
@@ -458,14 +468,12 @@ class Sequences(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.keeper = Keeper(device=60, ram=50, both=100)
-        self.keeper._settle = lambda: None
         self.stacks: dict[int, tuple[ExitStack, str, object]] = {}
         self.loads, self.count = Counter(), 0
 
     def _made(self, name: str, placement: Placement, fails: str):
         def made():
             engine, arrangement = make(placement)
-            del engine.layer.itself  # so that nothing waits for the garbage collector
             arrangement.fails = fails
             self.loads[name] += 1
             return engine, arrangement

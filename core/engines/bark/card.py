@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from core.card import Ability, Card, Checkpoint, Licence, Modality, Options, Paradigm, knob
+from core.card import Ability, Card, Checkpoint, Licence, Modality, Options, Paradigm, Working, knob
 from core.errors import BadInput, WeightsError
 from core.requests import SpeechRequest
 
@@ -148,6 +148,7 @@ CARD = Card(
     # the codec is used by its parts. Where positions are embedded, the library looks for the device.
     whole=frozenset({"fine", "codec", "semantic.position_embeds_layer", "coarse.position_embeds_layer"}),
     quantisations=("int8",),
+    working=Working(share=0.12),  # the codec of 14 s: 164 MiB; keys and values of the large one: 126 MiB
     sample_rate=24_000,
     abilities=frozenset({Ability.CUES}),
     options=BarkOptions,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from pathlib import Path
 
-from core.card import Ability, Card, Checkpoint, Licence, Modality, Options, Paradigm, knob
+from core.card import Ability, Card, Checkpoint, Licence, Modality, Options, Paradigm, Working, knob
 from core.errors import BadInput, WeightsError
 from core.media import probe_audio
 from core.requests import SpeechRequest
@@ -134,6 +134,7 @@ CARD = Card(
     # The vocoder is used by its parts. The text is embedded twice in a sentence's first step and not again,
     # while diffusers' streams bring each layer once a pass, in the order of the first pass.
     whole=frozenset({"vocoder", "transformer.text_embed"}),
+    working=Working(share=0.2),  # 22 s of mel, twice for the guidance: 155 MiB; and the vocoder
     sample_rate=24_000,
     abilities=frozenset({Ability.CLONE}),
     reference_seconds=REFERENCE_SECONDS,

@@ -89,6 +89,7 @@ class F5Engine(Engine):
                 }
             )
         self.model, self.vocoder = loaded["model"], loaded["vocoder"]
+        self.model.mel_spec.cpu()  # it has no weights, and goes where the recording is
         works_on(self.model, self.device)
 
     def components(self) -> Mapping[str, torch.nn.Module]:

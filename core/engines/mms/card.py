@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Collection
 from pathlib import Path
 
-from core.card import Card, Checkpoint, Licence, Modality, Options, Paradigm, knob
+from core.card import Card, Checkpoint, Licence, Modality, Options, Paradigm, Working, knob
 from core.errors import BadInput, WeightsError
 from core.requests import SpeechRequest
 
@@ -173,6 +173,7 @@ CARD = Card(
     ),
     languages=tuple(VOICES),
     strategies=("resident", "group_block", "group_leaf", "device_map", "cpu"),
+    working=Working(share=1.25),  # the decoder of 17 s at once, the longest sentence: 163 MiB
     sample_rate=16000,
     options=MmsOptions,
     source="https://arxiv.org/abs/2305.13516",

@@ -7,7 +7,7 @@ import unicodedata
 from pathlib import Path
 from typing import Literal
 
-from core.card import Card, Checkpoint, Licence, Modality, Options, Paradigm, knob
+from core.card import Card, Checkpoint, Licence, Modality, Options, Paradigm, Working, knob
 from core.errors import BadInput
 from core.requests import SpeechRequest
 
@@ -116,6 +116,7 @@ CARD = Card(
     weights_licence=Licence(name="Apache-2.0", url="https://www.apache.org/licenses/LICENSE-2.0"),
     languages=("en",),
     strategies=("resident", "group_leaf", "device_map", "cpu"),
+    working=Working(share=1.7),  # like the decoder of MMS, at 22 kHz
     sample_rate=22050,
     options=VitsOptions,
     source="https://arxiv.org/abs/2106.06103",

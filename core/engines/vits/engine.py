@@ -72,8 +72,12 @@ class Vits(Engine):
                 waveform: npt.NDArray[np.float32] = model.synthesize(sentence, speaker=speaker)["wav"]
             return waveform
 
-        with torch.inference_mode():
-            return speak_by_sentence(request.text, model.config.audio.sample_rate, run, speak)
+        try:
+            with torch.inference_mode():
+                return speak_by_sentence(request.text, model.config.audio.sample_rate, run, speak)
+        finally:
+            for layer in model.text_encoder.encoder.attn_layers:
+                layer.attn = None  # the library keeps the last sentence's, which grows with its square
 
 
 def _relocated(weights: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from core.card import Ability, Card, Checkpoint, Licence, Modality, Options, Paradigm, knob
+from core.card import Ability, Card, Checkpoint, Licence, Modality, Options, Paradigm, Working, knob
 from core.errors import BadInput, WeightsError
 from core.requests import SpeechRequest
 
@@ -167,6 +167,7 @@ CARD = Card(
     # No model offload: the two parts take turns with every few tokens.
     strategies=("resident", "group_leaf", "device_map", "cpu"),
     whole=frozenset({"decoder"}),
+    working=Working(share=0.4),  # the decoder of 602 tokens, 422 MiB, and 240 MiB of keys and values
     sample_rate=24000,
     abilities=frozenset({Ability.CLONE, Ability.STREAM}),
     reference_seconds=(6, 30),  # shorter ones clone badly, as Coqui says; config.json cuts after 30 s

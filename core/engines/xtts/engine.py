@@ -50,6 +50,7 @@ class Xtts(Engine):
                 reason = " ".join(str(error).split())[:300]
                 raise WeightsError(f"model.pth is damaged or foreign: {reason}") from error
         self.tts.to(placement.load_device)
+        self._model.mel_stats = self._model.mel_stats.cpu()  # the library uses it only there
         works_on(self._model, placement.device)
         works_on(self._model.gpt.gpt_inference, placement.device)
 
@@ -80,7 +81,10 @@ class Xtts(Engine):
         run.check()
         with self.using("gpt", "decoder"):  # the decoder speaks while the GPT still thinks
             voice = self._voice(request, options)
-            spoken = self._speak(sentences, language, voice, options, progress, run)
+            try:
+                spoken = self._speak(sentences, language, voice, options, progress, run)
+            finally:
+                self._model.gpt.gpt_inference.store_prefix_emb(None)  # the library keeps the last sentence's
         return join([np.concatenate(spoken)] if spoken else [], rate)
 
     def _speak(
