@@ -148,8 +148,10 @@ def test_the_sheet_is_used_by_keyboard_alone(visit, own_site):
     engine = page.evaluate("document.activeElement.dataset.id")
     page.keyboard.press("Enter")
     expect(row(page, engine)).to_have_count(0)
+    assert page.evaluate("document.activeElement.textContent") == "Unload", "the next one's button"
+    page.keyboard.press("Enter")
+    expect(sheet(page)).to_contain_text("No engine is in memory")
     assert page.evaluate("document.activeElement.closest('#memory') !== null"), "the focus is not lost"
-    page.keyboard.press("Tab")
     page.keyboard.press("Escape")
     expect(sheet(page)).to_be_hidden()
     expect(button(page)).to_be_focused()
@@ -205,7 +207,11 @@ def test_the_line_below_speak_foretells_the_press(visit):
     page.fill("#text textarea", "Something else to say, and rather more of it.")
     expect(line).to_contain_text("bout ", timeout=PATIENCE)
     page.fill("#text textarea", "")
+    page.locator("#text textarea").blur()
     expect(line).to_have_text("")
+    page.wait_for_timeout(1500)  # whatever the typing set off is over
+    page.locator("#examples [data-pick]").first.click()
+    expect(line).to_contain_text("bout ", timeout=8_000)  # sooner than it is refreshed anyway
 
 
 def test_a_placement_can_be_forced(visit):
