@@ -93,7 +93,7 @@ def _room(pulse: Pulse) -> Room:
     return Room(
         device=pulse.device_name,
         device_bytes=pulse.device_free + sum(held.device_bytes for held in idle),
-        ram_bytes=pulse.ram_total - pulse.ram_used + sum(held.ram_bytes for held in idle),
+        ram_bytes=pulse.ram_free + sum(held.ram_bytes for held in idle),
     )
 
 

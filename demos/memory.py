@@ -50,7 +50,7 @@ class MemorySheet:
         match event.act:
             case "unload":
                 await self._unload(event.id or "")
-            case "budget":
+            case "budget" if event.id in map(str, SHARES) and self.studio.settings.operator_page:
                 await self._set_budget(float(event.id))
         return self.view(self.studio.status())
 
