@@ -88,17 +88,19 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Serve the page (the default)."""
+    host = host or ("0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1")
+    alone = host in ("127.0.0.1", "localhost", "::1") and not share
     settings = _settings(
         weights=weights,
         memory_budget=memory_budget,
         ram_budget=ram_budget,
         tabs=tabs,
         accept_licences=accept_licence,
+        operator_page=True if alone and "SOUNDSTAGE_OPERATOR_PAGE" not in os.environ else None,
     )
     user, colon, password = auth.partition(":")
     if auth and not (user and colon and password):
         raise BadInput("--auth wants USER:PASS, like --auth anna:secret.")
-    host = host or ("0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1")
     _refuse_address(host, port)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     from core.studio import Studio

@@ -65,6 +65,9 @@ class Settings(BaseSettings):
     memory_budget: Annotated[int | None, BeforeValidator(parse_bytes)] = Field(
         None, description="plan as if the device had this many bytes"
     )
+    operator_page: bool = Field(
+        False, description="who sees the page may change the memory budget; set where nobody else sees it"
+    )
     ram_budget: Annotated[int | None, BeforeValidator(parse_bytes)] = Field(
         None, description="host memory for parked and offloaded models; unset: 60 % of the machine's"
     )

@@ -72,6 +72,7 @@ class Status:
     ram_free: int
     one_memory: bool  # the device's memory is RAM
     leak: str  # the last release that left something behind, in a sentence
+    device_size: int  # all there is, whatever the budget
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def _room(pulse: Pulse) -> Room:
     return Room(
         device=pulse.device_name,
         device_bytes=pulse.device_free + sum(held.device_bytes for held in idle),
-        ram_bytes=pulse.ram_total - pulse.ram_used + sum(held.ram_bytes for held in idle),
+        ram_bytes=pulse.ram_free + sum(held.ram_bytes for held in idle),
     )
 
 
@@ -434,6 +435,18 @@ class Studio:
         self._asked_to_go[engine] = time.monotonic()
         self._worker.unload(engine, park)
 
+    def set_budget(self, share: float) -> None:
+        """Let engines take at most this share of the device, from now on; what no longer fits goes.
+
+        Raises:
+            BadInput: the page's visitors are not the operator (`Settings.operator_page`).
+        """
+        if not self.settings.operator_page:
+            raise BadInput("Only the operator of this server may change its memory budget.")
+        pulse = self._worker.pulse
+        if pulse:
+            self._worker.set_budget(None if share >= 1 else int(share * pulse.device_size))
+
     def _going(self) -> frozenset[str]:
         """Engines that were asked to go and are still there: a worker at work first ends its job."""
         now, busy = time.monotonic(), self._worker.state == "busy"
@@ -500,6 +513,7 @@ class Studio:
             ram_free=pulse.ram_free if pulse else 0,
             one_memory=pulse is None or pulse.device_name in ("cpu", "mps"),
             leak=self._leak(),
+            device_size=pulse.device_size if pulse else 0,
         )
 
     def secret(self) -> str:

@@ -26,10 +26,11 @@ def comparison(takes: Sequence[Take], cards: Mapping[str, Card]) -> str:
     if len(takes) < 2:
         return ""
     names = [cards[take.engine].name for take in takes]
-    columns = [name for name, _ in facts(takes[0])]
+    found = [dict(facts(take)) for take in takes]
+    columns = [name for name in found[0] if any(row[name] != figures.NONE for row in found)]
     rows = [
-        {"name": name, "cells": [value for _, value in facts(take)]}
-        for name, take in zip(names, takes, strict=True)
+        {"name": name, "cells": [row[column] for column in columns]}
+        for name, row in zip(names, found, strict=True)
     ]
     return render(
         "comparison", charts=[_chart(m, takes, names) for m in MEASURES], columns=columns, rows=rows

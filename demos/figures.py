@@ -8,14 +8,14 @@ from datetime import datetime
 from babel import Locale
 
 _ENGLISH = Locale("en")
-_NONE = "–"
+NONE = "–"  # what there is no figure of
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 def seconds(value: float | None) -> str:
     """`0.042` -> `42 ms`, `4.62` -> `4.62 s`, `75` -> `1 min 15 s`; whole seconds stay whole."""
     if value is None:
-        return _NONE
+        return NONE
     if value < 0.9995:
         return f"{value * 1000:.0f} ms"
     if value < 59.95:
@@ -29,7 +29,7 @@ def seconds(value: float | None) -> str:
 def size(value: float | None) -> str:
     """Bytes in the unit that keeps the number short: `412 MiB`, `1.9 GiB`."""
     if value is None:
-        return _NONE
+        return NONE
     for unit, base in _UNITS:
         if value >= base:
             amount = value / base
@@ -40,7 +40,7 @@ def size(value: float | None) -> str:
 def course(*values: float | None) -> str:
     """Bytes at several moments, in the unit of the largest: `0.4 → 1.9 → 1.2 GiB`."""
     if any(value is None for value in values) or not values:
-        return _NONE
+        return NONE
     most = max(value or 0 for value in values)
     unit, base = next(((u, b) for u, b in _UNITS if most >= b), ("B", 1))
     digits = 1 if base > 1 and most / base < 10 else 0
@@ -49,7 +49,7 @@ def course(*values: float | None) -> str:
 
 def factor(value: float | None) -> str:
     """A real-time factor (generation time by duration) with two significant digits."""
-    return _NONE if value is None else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
+    return NONE if value is None else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
 
 
 def count(value: int) -> str:

@@ -14,6 +14,7 @@ from demos import figures
 from demos.parts import act_on, sheet_button
 from demos.views import render
 
+SHARES = (1.0, 0.75, 0.5, 0.25)  # of the device, as a budget
 ANSWER_SECONDS = 3.0  # how long a press waits to see memory come back
 LOOK_SECONDS = 0.1
 
@@ -40,20 +41,33 @@ class MemorySheet:
         self.studio = studio
         starting = render("memory_face", words="…")  # what is in memory is known once the page asks
         self.pane = sheet_button(starting, "", "memory", elem_classes="memory", elem_id="memory-chip")
-        act_on([self.pane], self._unload, None, self.pane)
+        act_on([self.pane], self._act, None, self.pane)
 
     def view(self, now: Status) -> gr.HTML:
-        return gr.HTML(face=face(now), content=sheet(now))
+        return gr.HTML(face=face(now), content=sheet(now, self.studio.settings.operator_page))
 
-    async def _unload(self, event: gr.EventData) -> gr.HTML:
-        """Unload what was asked for, and show it once it is gone."""
-        engine = event.id or ""
+    async def _act(self, event: gr.EventData) -> gr.HTML:
+        match event.act:
+            case "unload":
+                await self._unload(event.id or "")
+            case "budget" if event.id in map(str, SHARES) and self.studio.settings.operator_page:
+                await self._set_budget(float(event.id))
+        return self.view(self.studio.status())
+
+    async def _set_budget(self, share: float) -> None:
+        before = self.studio.status().memory_total
+        await asyncio.to_thread(self.studio.set_budget, share)
+        until = time.monotonic() + ANSWER_SECONDS
+        while self.studio.status().memory_total == before and time.monotonic() < until:
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _unload(self, engine: str) -> None:
+        """Unload what was asked for, and wait until it is gone."""
         wanted = {h.engine for h in self.studio.status().held if not h.kept and engine in ("", h.engine)}
         await asyncio.to_thread(self.studio.unload, engine)
         until = time.monotonic() + ANSWER_SECONDS
         while wanted & {h.engine for h in self.studio.status().held} and time.monotonic() < until:
             await asyncio.sleep(LOOK_SECONDS)
-        return self.view(self.studio.status())
 
 
 def face(now: Status) -> str:
@@ -74,13 +88,14 @@ def in_short(now: Status) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def sheet(now: Status) -> str:
-    """The sheet's HTML."""
+def sheet(now: Status, operator: bool = False) -> str:
+    """The sheet's HTML; an operator may change the budget there."""
     return render(
         "memory",
         bars=bars(now),
         one_memory=now.one_memory,
         leak=now.leak,
+        budgets=budgets(now) if operator else [],
         idle=not any(not held.kept for held in now.held),
         rows=[
             {
@@ -93,6 +108,20 @@ def sheet(now: Status) -> str:
             for held in now.held
         ],
     )
+
+
+def budgets(now: Status) -> list[dict[str, object]]:
+    """The shares of the device that engines may be held to, with the one that holds now."""
+    if not now.device_size:
+        return []
+    return [
+        {
+            "share": share,
+            "words": "all of it" if share == 1 else figures.size(int(share * now.device_size)),
+            "now": abs(now.memory_total / now.device_size - share) < 0.01,
+        }
+        for share in SHARES
+    ]
 
 
 def bars(now: Status) -> list[dict[str, object]]:

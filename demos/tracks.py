@@ -75,7 +75,7 @@ def _finished(take: Take, card: Card, span: float) -> dict[str, Any]:
         "mel": address(take.folder / medium["mel"]["file"]),
         "hertz": [(tick["top"], _hertz(tick["hz"])) for tick in medium["mel"]["ticks"]],
         "ticks": figures.time_ticks(span),
-        "facts": facts(take),
+        "facts": [(name, value) for name, value in facts(take) if value != figures.NONE],
         "record": _record(take, card),
         "json": json.dumps(
             take.model_dump(mode="json", exclude={"media": {"__all__": {"peaks"}}}),
@@ -114,9 +114,9 @@ def facts(take: Take) -> list[tuple[str, str]]:
         ),
         ("Generation", figures.seconds(cost.get("generate_seconds"))),
         ("Real-time factor", figures.factor(cost.get("real_time_factor"))),
-        ("GPU before, peak, after", "–" if one_memory else _course(cost, "device")),
+        ("GPU before, peak, after", figures.NONE if one_memory else _course(cost, "device")),
         ("RAM before, peak, after", _course(cost, "ram")),
-        ("Placement", take.placement.get("words") or take.placement.get("strategy", "–")),
+        ("Placement", take.placement.get("words") or take.placement.get("strategy", figures.NONE)),
         ("Weights", weights(take)),
     ]
 

@@ -47,7 +47,7 @@ class HandWorker:
 
     def end(self, event=None) -> None:
         job, self.job = self.job, None
-        self.pulse = Pulse("CPU", "cpu", 0, 0, 0, 0, (self.engines[-1],), (), 0, 0, True)
+        self.pulse = Pulse("CPU", "cpu", 0, 0, 0, 0, 0, (self.engines[-1],), (), 0, 0, True)
         self.listener(job, event or Failed("enough"))
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from core.catalog import Catalog
+from core.engines.base import Placement
 from core.engines.quirks import mend_torchaudio
 from core.requests import SpeechRequest
 from tests.support import RecordingRun, load, miniature, reference, seed_everything
@@ -29,6 +31,7 @@ from tests.pretend import AVAILABLE, Gpu, card  # noqa: E402
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs a build of torch without CUDA")
 
 MIB = 2**20
+ENGINES = [made.id for made in Catalog().cards() if made.has_weights]
 
 
 @pytest.fixture
@@ -386,7 +389,7 @@ def test_a_checkpoint_is_loaded_straight_to_the_card(gpu, where, tmp_path):
     assert torch.equal(loaded(TOKENS.to("cuda")).logits.cpu(), model(TOKENS).logits)
 
 
-@pytest.mark.parametrize("engine", ["bark", "mms", "vits", "xtts", "f5"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_an_engine_speaks_as_on_the_cpu_and_leaves_nothing(gpu, engine):
     made = importlib.import_module(f"core.engines.{engine}.card").CARD
     request = SpeechRequest(text="Good morning. Rivers run.", **reference(made))
@@ -472,8 +475,36 @@ def test_model_offload_brings_a_model_in_and_out(gpu):
     assert gpu.used == result.nbytes
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_says_the_same_under_every_placement_on_a_card(gpu, engine, tmp_path):
+    from core.worker.arrange import Arrangement
+
+    made = importlib.import_module(f"core.engines.{engine}.card").CARD
+    request = SpeechRequest(text="Yes. No.", **reference(made))
+    options = made.options(steps=4) if "steps" in made.options.model_fields else made.options()
+    wanted, size = None, 0
+    for strategy in [name for name in made.strategies if name != "cpu"]:
+        placement = Placement("cuda", "float32", strategy, device_share=size // 3, ram_share=size // 3)
+        loaded = importlib.import_module(f"core.engines.{engine}.engine").ENGINE()
+        loaded.load(miniature(engine), placement)
+        size = sum(bytes_of(module) for module in loaded.components().values())
+        arrangement = Arrangement(loaded.components(), placement, made.whole, tmp_path)
+        loaded.using = arrangement.using
+        held = gpu.used
+        assert held < size or strategy in ("resident", "device_map")
+        seed_everything(5)
+        spoken = loaded.generate(request, options, RecordingRun(5)).samples
+        wanted = spoken if wanted is None else wanted
+        np.testing.assert_array_equal(spoken, wanted, err_msg=strategy)
+        arrangement.undo()
+        loaded.close()
+        vars(loaded).clear()
+        del arrangement
+        gc.collect()
+        assert gpu.used == 0, strategy
+
+
 def test_the_worker_takes_the_card_and_proves_each_release(tmp_path: Path):
-    from core.catalog import Catalog
     from core.requests import Order
     from core.settings import Settings
     from core.studio import Studio
@@ -481,8 +512,7 @@ def test_the_worker_takes_the_card_and_proves_each_release(tmp_path: Path):
     with card(2048 * MIB) as gpu:
         folder = {"home": tmp_path / "home", "cache": tmp_path / "cache"}
         studio = Studio(Settings(**folder, device="auto", threads=1, inline=True))
-        engines = [made for made in Catalog().cards() if made.has_weights]
-        for made in engines:
+        for made in [made for made in Catalog().cards() if made.has_weights]:
             request = SpeechRequest(text="Good morning.", **reference(made))
             [job] = studio.submit(
                 [Order(engine=made.id, request=request, seed=3, weights="miniature")], "anna"
@@ -493,6 +523,6 @@ def test_the_worker_takes_the_card_and_proves_each_release(tmp_path: Path):
             assert cost["device_peak_bytes"] > cost["device_after_bytes"] > cost["device_before_bytes"]
             assert job.take.placement["device"] == "cuda"
         released = studio._worker._host.residency.release_all()
-        assert len(released) == len(engines) and all(each.clean for each in released), released
+        assert len(released) == len(ENGINES) and all(each.clean for each in released), released
         assert gpu.used == 0
         studio.close()

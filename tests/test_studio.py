@@ -98,6 +98,22 @@ def test_a_press_is_forecast_from_takes_and_from_what_is_loaded(studio):
     assert studio.forecast_line([order("nobody")]) == ""
 
 
+def test_the_budget_is_the_operators_to_change(studio, monkeypatch):
+    with pytest.raises(BadInput, match="Only the operator"):
+        studio.set_budget(0.5)
+    monkeypatch.setattr(studio, "settings", studio.settings.model_copy(update={"operator_page": True}))
+    while not studio.status().memory_total:
+        time.sleep(0.05)
+    whole = studio.status().device_size
+    studio.set_budget(0.5)
+    while studio.status().memory_total == whole:
+        time.sleep(0.05)
+    assert studio.status().memory_total == whole // 2 and studio.status().device_size == whole
+    studio.set_budget(1.0)
+    while studio.status().memory_total != whole:
+        time.sleep(0.05)
+
+
 def test_orders_are_queued_all_or_none(studio):
     before = len(studio.jobs("bert"))
     with pytest.raises(BadInput, match="There is no engine 'nobody'"):
@@ -330,7 +346,11 @@ def test_a_tab_of_another_kind_keeps_nothing_and_takes_nothing(short):
     finish(short, job)
     short.leave("page")
     until(lambda: short._presence.left() == {Modality.MUSIC})
-    until(lambda: held(short).get("unruly") and held(short)["unruly"].idle_seconds > 2)
+    until(lambda: held(short).get("unruly"))
+    several_looks = held(short)["unruly"].idle_seconds + 4  # the studio looks every second
+    until(
+        lambda: short.status().held[0].state != "loaded" or held(short)["unruly"].idle_seconds > several_looks
+    )
     assert held(short)["unruly"].state == "loaded"
 
 

@@ -180,12 +180,13 @@ class Host:
 
     def pulse(self) -> Pulse:
         device = self.memory.known_device
-        ram = ram_used()
+        ram, size = ram_used(), device.total() if device else ram_total()
         return Pulse(
             device=device.title if device else "CPU",
             device_name=device.name if device else "cpu",
             device_used=device.used() if device else ram,
-            device_total=self.memory.budget or (device.total() if device else ram_total()),
+            device_total=min(size, self.memory.budget or size),
+            device_size=size,
             ram_used=ram,
             ram_total=ram_total(),
             loaded=self.residency.loaded,

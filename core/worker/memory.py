@@ -167,8 +167,7 @@ class Memory:
         return self._footprints[key]
 
     def _count(self, card: Card, found: Resolved) -> Footprint:
-        package = importlib.import_module(self._catalog.package(card.id))
-        shipped = footprint.shipped(Path(package.__path__[0]))
+        shipped = footprint.shipped(self._catalog.folder(card.id))
         if found.kind == "hub" and found.repository in shipped:
             return shipped[found.repository]
         modules = self._class(card).skeleton(found.folder) if found.folder else {}

@@ -73,7 +73,8 @@ class Pulse:
     device: str  # "NVIDIA H200", "CPU"
     device_name: str  # as torch names it: "cuda", "cpu"
     device_used: int
-    device_total: int
+    device_total: int  # within the budget
+    device_size: int  # all there is
     ram_used: int  # of the worker process
     ram_total: int
     loaded: tuple[str, ...]  # engine ids, most recently used first; not the parked ones

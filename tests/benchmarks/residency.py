@@ -35,7 +35,7 @@ from tests.benchmarks.stage import Stage, cache, gpu, order, speakers
 ROUNDS = 7
 MIB = 2**20
 CARD = 4096 * MIB  # of the pretend card
-TEXT = "Hello there"
+TEXT = "Hello there. How are you?"  # two steps: the first can still be the last
 TEMPORARY = 0.15  # seconds: what planning and proof may take, whatever the size
 WAIT = 300  # seconds for a worker
 
@@ -152,7 +152,7 @@ def _ends() -> list[Row]:
     rows = []
     with tempfile.TemporaryDirectory() as folder, gpu(CARD) as name:
         stage = Ending(Path(folder), device="cuda")
-        for engine in speakers():
+        for engine in 2 * speakers():
             stage.end(engine, "success")  # libraries are imported, and their caches filled
         device = stage.host.memory.device
         for how, expected in (("success", "Finished"), ("error", "Failed"), ("cancel", "Stopped")):

@@ -1,82 +1,169 @@
-"""Two hundred switches between two engines: memory, descriptors, threads, and parameters left alive."""
+"""A thousand switches over all engines: memory, descriptors, threads, and parameters left alive.
+
+A switch is another engine brought in, and the one before sent away: parked, where the next turn copies it
+back, or let go, where it is loaded again. Each kind runs in a process of its own, and so does each control:
+engines that stay, and the libraries' own loads of the same checkpoints. Memory is read once a round over all.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import json
+import subprocess
+import sys
 import tempfile
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from core.catalog import Catalog
+from core.engines.quirks import mend_torchaudio
+from core.weights import Resolved
+from core.worker.memory import Wanted
 from tests.benchmarks.rows import Row, slope
-from tests.benchmarks.stage import Stage, order
-from tests.support import miniature
+from tests.benchmarks.stage import Stage, gpu, speakers
+from tests.support import load, miniature
 
-SWITCHES = 200
-WARM_UP = 40
-CONTROL = 140
+PARKED = 200  # rounds
+LOADED = 30
+WARM_UP = 5
+CARD = 1024 * 2**20  # bytes of the pretend card
+BOUND = 2.0  # KB a switch
 
 
 def measure() -> list[Row]:
+    runs = {kind: _child(kind) for kind in RUNS}
+    each = len(speakers())
+    rows = []
+    for kind, control, words in (
+        ("parked", "staying", "parked and copied back"),
+        ("loaded", "bare", "let go and loaded again"),
+    ):
+        run, base = runs[kind], runs[control]
+        grew, alone = (slope(r["memory"]) / 1024 / each for r in (run, base))
+        switches = each * len(run["memory"])
+        rows += [
+            Row(
+                f"Memory over {switches} switches of {each} engines, {words}",
+                f"{grew - alone:+.1f} KB a switch",
+                f"{BOUND:g} KB",
+                grew - alone <= BOUND,
+                f"{grew:+.1f} KB beyond a control of {alone:+.1f} KB; Theil-Sen slopes; {run['device']}",
+            ),
+            Row(
+                f"Descriptors and threads over these {switches}",
+                f"{run['descriptors']}, {run['threads']}",
+                "flat",
+                len(set(run["descriptors"])) == len(set(run["threads"])) == 1,
+                "at the first and the last round",
+            ),
+        ]
+    alive = runs["loaded"]["alive"]
+    rows.append(
+        Row("Parameters alive after a release", f"{alive}", "0", alive == 0, "weak references, gc off")
+    )
+    return rows
+
+
+def _child(kind: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.benchmarks.switches", kind]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _rounds(count: int, switch: Callable[[str], None]) -> dict[str, Any]:
     process = psutil.Process()
-    memory, descriptors, threads, alive = [], [], [], 0
+    memory, descriptors, threads = [], [], []
+    for number in range(WARM_UP + count):
+        for engine in speakers():
+            switch(engine)
+        if number >= WARM_UP:
+            memory.append(process.memory_info().rss)
+            descriptors.append(process.num_fds())
+            threads.append(threading.active_count())
+    ends = [0, -1]
+    return {
+        "memory": memory,
+        "descriptors": [descriptors[end] for end in ends],
+        "threads": [threads[end] for end in ends],
+    }
+
+
+def _wanted() -> dict[str, Wanted]:
+    cards = {card.id: card for card in Catalog().cards()}
+    return {
+        engine: Wanted(
+            cards[engine], Resolved(miniature(engine), "folder", "", "1", bytes=2**20), units=1.0, working=0
+        )
+        for engine in speakers()
+    }
+
+
+def _parked(park: bool = True) -> dict[str, Any]:
+    wanted = _wanted()
+    with tempfile.TemporaryDirectory() as folder, gpu(CARD) as name:
+        stage = Stage(Path(folder), device="cuda")
+
+        def switch(engine: str) -> None:
+            if park:
+                stage.host.unload(park=True)
+            with stage.host.memory.lend(wanted[engine]):
+                pass
+
+        found = _rounds(PARKED, switch)
+        assert not stage.released, "an engine was let go"
+    return {**found, "device": name}
+
+
+def _loaded() -> dict[str, Any]:
+    wanted, alive = _wanted(), 0
     with tempfile.TemporaryDirectory() as folder:
         stage = Stage(Path(folder))
+
+        def switch(engine: str) -> None:
+            nonlocal alive
+            with stage.host.memory.lend(wanted[engine]) as loan:
+                modules = loan.engine.components().values()
+                references = [weakref.ref(p) for module in modules for p in module.parameters()]
+            del loan, modules
+            assert references
+            stage.host.unload()
+            alive += sum(reference() is not None for reference in references)
+
         gc.disable()  # what dies, dies by the release itself
-        try:
-            for turn in range(WARM_UP + SWITCHES):
-                engine = ("mms", "bark")[turn % 2]
-                # One and the same request: lengths that vary fill oneDNN's bounded cache of kernels by shape.
-                stage.run(order(engine, text="Hello there"))
-                references = [
-                    weakref.ref(p)
-                    for resident in stage.host.residency._residents.values()
-                    for module in resident.engine.modules()
-                    for p in module.parameters()
-                ]
-                assert references
-                stage.host.unload()
-                alive += sum(reference() is not None for reference in references)
-                if turn >= WARM_UP:
-                    memory.append(process.memory_info().rss)
-                    descriptors.append(process.num_fds())
-                    threads.append(threading.active_count())
-        finally:
-            gc.enable()
-    grew, control = slope(memory) / 1024, slope(_bare()) / 1024
-    flat = descriptors[0] == descriptors[-1] and threads[0] == threads[-1]
-    return [
-        Row(
-            f"Memory over {SWITCHES} switches of two engines",
-            f"{grew:+.1f} KB a switch",
-            "at most 20 KB",
-            grew <= 20,
-            f"Theil-Sen slope after {WARM_UP} to warm up; the libraries alone: {control:+.1f} KB",
-        ),
-        Row(
-            "Descriptors and threads over the switches",
-            f"{descriptors[0]} to {descriptors[-1]}, {threads[0]} to {threads[-1]}",
-            "flat",
-            flat,
-        ),
-        Row("Parameters alive after a release", f"{alive}", "0", alive == 0, "weak references, gc off"),
-    ]
+        found = _rounds(LOADED, switch)
+    return {**found, "alive": alive, "device": "CPU"}
 
 
-def _bare() -> list[int]:
-    """Memory over loads and releases of the same checkpoints by the library alone."""
-    from transformers import BarkModel, VitsModel
-
-    process, memory = psutil.Process(), []
+def _bare() -> dict[str, Any]:
+    """The libraries' loads, and as little around them as there can be."""
+    mend_torchaudio()
     trim = ctypes.CDLL(None).malloc_trim
-    for turn in range(CONTROL):
-        name, kind = (("mms", VitsModel), ("bark", BarkModel))[turn % 2]
-        kind.from_pretrained(miniature(name))
+
+    def switch(engine: str) -> None:
+        loaded = load(engine, miniature(engine))
+        loaded.close()
+        del loaded
         gc.collect()
         trim(0)
-        if turn >= WARM_UP:
-            memory.append(process.memory_info().rss)
-    return memory
+
+    return _rounds(LOADED, switch)
+
+
+RUNS: dict[str, Callable[[], dict[str, Any]]] = {
+    "parked": _parked,
+    "staying": lambda: _parked(park=False),
+    "loaded": _loaded,
+    "bare": _bare,
+}
+
+
+if __name__ == "__main__":
+    mend_torchaudio()
+    print(json.dumps(RUNS[sys.argv[1]]()))

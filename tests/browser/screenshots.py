@@ -1,4 +1,4 @@
-"""Take the README's screenshots: `make screenshots` writes docs/images/speech*.png."""
+"""Take the README's screenshots: `make screenshots` writes docs/images/*.png."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.browser.acts import speak, wait_for
 from tests.browser.conftest import FLAGS, ROOT, chromium, start_server, stop_server
@@ -25,6 +25,31 @@ SHOTS: dict[str, dict[str, Any]] = {
 
 def shoot(browser: Browser, address: str, settings: dict[str, Any]) -> bytes:
     """The page after some engines spoke, as png."""
+    page = speak_once(browser, address, settings)
+    if settings.get("is_mobile"):
+        page.locator("#say").evaluate("element => element.scrollIntoView()")
+        return page.screenshot(animations="disabled")
+    return page.screenshot(full_page=True, animations="disabled")
+
+
+def shoot_memory(browser: Browser, address: str) -> bytes:
+    """The header with its sheet, as png."""
+    page = speak_once(browser, address, SHOTS["speech"])
+    page.locator("#memory-chip button[aria-expanded]").click()
+    states = page.locator("#memory .state")
+    expect(states).to_have_text(["loaded"] * len(ENGINES), timeout=20_000)
+    height = page.locator("#memory").evaluate("sheet => sheet.getBoundingClientRect().bottom")
+    clip = {"x": 0.0, "y": 0.0, "width": 1280.0, "height": height + 28}
+    return page.screenshot(clip=clip, animations="disabled")
+
+
+def save(shot: bytes, name: str, colours: int) -> None:
+    image = Image.open(io.BytesIO(shot)).convert("RGB").quantize(colours)
+    image.save(IMAGES / f"{name}.png", optimize=True)
+    print(IMAGES / f"{name}.png")
+
+
+def speak_once(browser: Browser, address: str, settings: dict[str, Any]) -> Page:
     page = browser.new_context(**settings).new_page()
     page.goto(address)
     page.wait_for_selector("#speak:not([disabled])")
@@ -34,10 +59,7 @@ def shoot(browser: Browser, address: str, settings: dict[str, Any]) -> bytes:
     page.locator("img.mel").last.evaluate("image => image.decode()")
     page.mouse.move(0, 0)
     page.evaluate("document.activeElement.blur()")
-    if settings.get("is_mobile"):
-        page.locator("#say").evaluate("element => element.scrollIntoView()")
-        return page.screenshot(animations="disabled")
-    return page.screenshot(full_page=True, animations="disabled")
+    return page
 
 
 def main() -> None:
@@ -47,10 +69,9 @@ def main() -> None:
         try:
             browser = playwright.chromium.launch(executable_path=chromium(), args=list(FLAGS))
             for name, settings in SHOTS.items():
-                image = Image.open(io.BytesIO(shoot(browser, address, settings)))
-                # 128 colours are hard to tell from all of them, at a third of the bytes.
-                image.convert("RGB").quantize(128).save(IMAGES / f"{name}.png", optimize=True)
-                print(IMAGES / f"{name}.png")
+                # These few are hard to tell from all of them, at a third of the bytes.
+                save(shoot(browser, address, settings), name, 128)
+            save(shoot_memory(browser, address), "memory", 256)
         finally:
             stop_server(server)
 

@@ -2,7 +2,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.studio import Holding, Status
-from demos.memory import bars, in_short, sheet, stack
+from demos.memory import bars, budgets, in_short, sheet, stack
 
 GIB = 2**30
 
@@ -16,7 +16,7 @@ def status(held=(), one_memory: bool = False, **more) -> Status:
     given = {
         "device": "NVIDIA H200", "memory_used": 0, "memory_total": 24 * GIB, "memory_free": 5 * GIB,
         "ram_used": 0, "ram_total": 64 * GIB, "ram_free": 40 * GIB,
-        "queue": 0, "loaded": (), "worker": "ready", "leak": "",
+        "queue": 0, "loaded": (), "worker": "ready", "leak": "", "device_size": 24 * GIB,
     }  # fmt: skip
     return Status(**given | more, held=tuple(held), one_memory=one_memory)
 
@@ -49,6 +49,15 @@ def test_where_the_devices_memory_is_ram_one_bar_says_it():
     [bar] = bars(status(one_memory=True, memory_total=2 * GIB, memory_free=GIB))
     assert bar["title"] == "RAM, within the budget" and bar["total"] == "2.0 GiB"
     assert ">GPU<" not in sheet(status([holding()], one_memory=True))
+
+
+def test_the_operator_alone_may_hold_engines_to_a_part_of_the_device():
+    now = status(memory_total=12 * GIB)
+    assert [(b["words"], b["now"]) for b in budgets(now)] == [
+        ("all of it", False), ("18 GiB", False), ("12 GiB", True), ("6.0 GiB", False),
+    ]  # fmt: skip
+    assert "Use at most" in sheet(now, operator=True) and "Use at most" not in sheet(now)
+    assert budgets(status(memory_total=0, device_size=0)) == []
 
 
 sizes = st.integers(0, 100 * GIB)

@@ -81,3 +81,12 @@ def test_a_result_says_where_its_weights_were_and_what_memory_did():
     assert told["GPU before, peak, after"] == told["RAM before, peak, after"] == "0.0 → 1.0 → 2.0 GiB"
     on_cpu = take.model_copy(update={"placement": {"device": "cpu", "strategy": "resident"}})
     assert dict(facts(on_cpu))["GPU before, peak, after"] == "–"
+    assert "GPU before" in html(take) and "GPU before" not in html(on_cpu)
+
+
+def test_a_column_without_any_figure_is_left_out():
+    cards = {card.id: card for card in Catalog().cards(Modality.SPEECH)}
+    assert "RAM before" not in comparison([finished(), finished("mms")], cards)
+    cost = {f"ram_{when}_bytes": 2**30 for when in ("before", "peak", "after")}
+    table = comparison([finished(), finished("mms", **cost)], cards)
+    assert "RAM before" in table and "<td>–</td>" in table

@@ -64,7 +64,7 @@ def clean(stage: Stage) -> bool:
     return all(message.clean for message in stage.told if isinstance(message, Released))
 
 
-@pytest.mark.parametrize("engine", ["mms", "vits"])
+@pytest.mark.parametrize("engine", ["mms", "vits", "xtts"])
 def test_parking_gives_the_whole_card_back_and_coming_back_speaks_the_same(stage, gpu, engine):
     first = sound(speak(stage, engine))
     [held] = stage.host.residency.inventory()

@@ -131,7 +131,9 @@ CARD = Card(
     ),
     languages=("en", "zh"),
     strategies=("resident", "model_offload", "group_block", "group_leaf", "device_map", "cpu"),
-    whole=frozenset({"vocoder"}),  # used by its parts
+    # The vocoder is used by its parts. The text is embedded twice in a sentence's first step and not again,
+    # while diffusers' streams bring each layer once a pass, in the order of the first pass.
+    whole=frozenset({"vocoder", "transformer.text_embed"}),
     working=Working(share=0.2),  # 22 s of mel, twice for the guidance: 155 MiB; and the vocoder
     sample_rate=24_000,
     abilities=frozenset({Ability.CLONE}),
