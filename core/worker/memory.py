@@ -267,17 +267,17 @@ def _with_shares(rung: Rung, present: Placement) -> Rung:
 def _claim(rung: Rung, demand: Demand) -> Claim:
     """What a rung takes while it works, between jobs, and parked."""
     busy, at, size = Bytes(rung.device_bytes, rung.ram_bytes), rung.placement, demand.footprint
-    weights = size.bytes(at.dtype, at.quantisation)
-    if at.device == "cpu" or at.strategy in ("resident", "device_map"):
-        # Only its working memory goes; the CPU's is host memory, unless that is the device here.
-        on_device = bool(rung.device_bytes)
-        gone = Bytes(demand.working, 0) if on_device else Bytes(0, demand.working)
-        idle = busy - gone
-    elif at.strategy == "model_offload":
-        idle = Bytes(0, rung.ram_bytes)
+    parked = Bytes(0, size.bytes(at.dtype, at.quantisation))
+    staying = sum(c.staying(at.dtype) for c in size.components)
+    if at.strategy == "device_map":
+        idle = Bytes(staying + at.device_share, rung.ram_bytes)
+    elif at.strategy == "resident" or (at.device == "cpu" and rung.device_bytes):
+        idle = busy - Bytes(demand.working, 0)
+    elif at.strategy == "cpu":
+        idle = busy - Bytes(0, demand.working)
     else:
-        idle = Bytes(sum(c.staying(at.dtype) for c in size.components), rung.ram_bytes)
-    return Claim(busy, idle, parked=Bytes(0, weights))
+        idle = Bytes(0 if at.strategy == "model_offload" else staying, rung.ram_bytes)
+    return Claim(busy, idle, parked)
 
 
 def _not_loaded(card: Card, key: Key, error: Exception) -> WeightsError:

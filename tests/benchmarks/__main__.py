@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 
-NAMES = ("overhead", "switches", "cancel", "startup", "responsive", "order", "loading", "gpu")
+NAMES = ("overhead", "residency", "switches", "cancel", "startup", "responsive", "order", "loading", "gpu")
 
 
 def main(names: list[str]) -> int:

@@ -186,7 +186,7 @@ def _kills() -> Row:
         worker.start(lambda job, event: events.put(event))
         try:
             first = _idle_ram(worker)
-            grown = 0.0
+            grown = -1.0
             for engine in speakers():
                 worker.run(RunJob("job", order(engine), Path(folder), online=False))
                 while not isinstance(events.get(timeout=WAIT), Step):

@@ -17,10 +17,13 @@ from core.media import Audio
 LEAKED: list[Any] = []
 
 
-class Layer(torch.nn.Linear):
-    """Ends the process when it is moved once more than `moves` says."""
+class Layers(torch.nn.Sequential):
+    """Ends the process when they are moved once more than `moves` says."""
 
     moves = 1_000_000  # parking makes two: one to copy the weights, one to put the copies in their place
+
+    def __init__(self, device: str) -> None:
+        super().__init__(*(torch.nn.Linear(8, 8, device=device) for _ in range(4)))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         if self.moves == 0:
@@ -31,12 +34,12 @@ class Layer(torch.nn.Linear):
 
 class Unruly(Engine):
     def load(self, weights: Path | None, placement: Placement) -> None:
-        self.layer = Layer(8, 8, device=placement.load_device)
+        self.layers = Layers(placement.load_device)
         self.device = placement.device
 
     @staticmethod
     def skeleton(folder: Path) -> dict[str, torch.nn.Module]:
-        return {"layer": torch.nn.Linear(8, 8, device="meta")}
+        return {"layers": Layers("meta")}
 
     def generate(self, request: Any, options: Any, run: Run) -> Audio:
         print(f"seed {run.seed}")  # libraries print too
@@ -64,11 +67,11 @@ class Unruly(Engine):
             case "empty":
                 return Audio(np.zeros(0, np.float32), 16000)
             case "die when parked":
-                self.layer.moves = 0
+                self.layers.moves = 0
             case "die when brought back":
-                self.layer.moves = 2
+                self.layers.moves = 2
             case "leak":
-                LEAKED.append(self.layer)
+                LEAKED.append(self.layers[0])
         for done in range(options.steps):
             run.step(done + 1, options.steps, "working")
             if options.steps > 100:

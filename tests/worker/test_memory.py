@@ -155,6 +155,11 @@ def _as_if_free(memory, gpu):
     return asked
 
 
+def _run_out(layers: torch.nn.Module, size: int) -> None:
+    """As in a library: the frame that the error comes from holds the model."""
+    torch.empty(size, dtype=torch.uint8, device=layers[0].weight.device)
+
+
 @pytest.mark.parametrize("enough_at", ["device_map", "cpu"])
 def test_memory_that_runs_out_in_the_middle_is_met_once(stage, gpu, monkeypatch, enough_at):
     from tests.unruly.engine import Unruly
@@ -166,7 +171,7 @@ def test_memory_that_runs_out_in_the_middle_is_met_once(stage, gpu, monkeypatch,
         tried.append(held.words)
         strategy = stage.host.residency._residents.copy().popitem()[1].placement.strategy
         if strategy != enough_at:
-            torch.empty(gpu.total, dtype=torch.uint8, device=self.device)
+            _run_out(self.layers, gpu.total)
         return generate(self, request, options, run)
 
     monkeypatch.setattr(Unruly, "generate", hungry)
@@ -209,7 +214,7 @@ def test_a_budget_is_the_card_and_can_be_changed_while_engines_are_loaded(gpu, s
     stage.host.set_budget(one)
     assert states(stage) == {"vits": "loaded", "mms": "parked"} and gpu.used <= one + WINDOW
     assert gpu.share == pytest.approx(one / gpu.total)
-    stage.host.set_budget(1000)
+    stage.host.set_budget(100)
     assert set(states(stage).values()) == {"parked"} and gpu.used <= WINDOW
     stage.host.set_budget(None)
     assert gpu.share == 1.0 and stage.host.pulse().device_total == gpu.total
@@ -247,12 +252,13 @@ def test_an_engine_stays_in_its_placement_until_a_better_one_has_room(stage, gpu
 
     monkeypatch.setattr(Unruly, "load", counted)
     stage.run(forced="device_map")
-    gpu.elsewhere = gpu.total - 2000  # a share of the weights has no room now
+    gpu.elsewhere = gpu.total - 1000  # a part of the weights has no room now
     stage.run(forced="device_map")
-    shares = [placement.device_share for placement in loads]
-    gpu.elsewhere -= 200
+    whole, part = (placement.device_share for placement in loads)
+    assert 0 < part < whole
+    gpu.elsewhere -= 50
     stage.run(forced="device_map")
-    assert [placement.device_share for placement in loads] == shares, "a little more room is no reason"
+    assert len(loads) == 2, "a little more room is no reason"
     gpu.elsewhere = 0
     stage.run()
     assert loads[-1].strategy == "resident"

@@ -246,7 +246,7 @@ def test_a_process_killed_while_it_parks_is_replaced_and_keeps_the_changed_budge
 def test_a_job_in_whose_way_parking_kills_the_process_ends_with_the_reason(bench):
     (other := bench.folder / "other").mkdir()
     (other / "weights.bin").write_bytes(bytes(1000))
-    with parking(bench, 500):  # one checkpoint needs 360 bytes
+    with parking(bench, 2000):  # one checkpoint needs 1440 bytes, and holds 1152 between jobs
         bench.begin("die when parked")
         assert isinstance(bench.end(), Finished)
         bench.begin(weights=str(other))
