@@ -11,9 +11,11 @@ from core.catalog import Catalog
 from core.events import Finished
 from core.requests import Order, SpeechRequest
 from core.settings import Settings
+from core.weights import Resolved
 from core.worker.host import Host
+from core.worker.memory import Wanted
 from core.worker.messages import FromWorker, JobEvent, Released, RunJob
-from tests.support import reference
+from tests.support import miniature, reference
 
 TEXT = "The quick brown fox jumps over the lazy dog. It does so every single day."
 
@@ -66,3 +68,9 @@ def speakers() -> list[str]:
 def order(engine: str, seed: int = 1, text: str = TEXT, **options: object) -> Order:
     request = SpeechRequest(text=text, **reference(Catalog().card(engine)))
     return Order(engine=engine, request=request, options=options, seed=seed, weights="miniature")
+
+
+def wanted_of(engine: str) -> Wanted:
+    """What a lease of an engine with its miniature needs."""
+    found = Resolved(miniature(engine), "folder", "", "1", bytes=2**20)
+    return Wanted(Catalog().card(engine), found, units=1.0, working=0)

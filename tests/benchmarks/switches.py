@@ -21,12 +21,9 @@ from typing import Any
 
 import psutil
 
-from core.catalog import Catalog
 from core.engines.quirks import mend_torchaudio
-from core.weights import Resolved
-from core.worker.memory import Wanted
 from tests.benchmarks.rows import Row, slope
-from tests.benchmarks.stage import Stage, gpu, speakers
+from tests.benchmarks.stage import Stage, gpu, speakers, wanted_of
 from tests.support import load, miniature
 
 PARKED = 200  # rounds
@@ -95,18 +92,8 @@ def _rounds(count: int, switch: Callable[[str], None]) -> dict[str, Any]:
     }
 
 
-def _wanted() -> dict[str, Wanted]:
-    cards = {card.id: card for card in Catalog().cards()}
-    return {
-        engine: Wanted(
-            cards[engine], Resolved(miniature(engine), "folder", "", "1", bytes=2**20), units=1.0, working=0
-        )
-        for engine in speakers()
-    }
-
-
 def _parked(park: bool = True) -> dict[str, Any]:
-    wanted = _wanted()
+    wanted = {engine: wanted_of(engine) for engine in speakers()}
     with tempfile.TemporaryDirectory() as folder, gpu(CARD) as name:
         stage = Stage(Path(folder), device="cuda")
 
@@ -122,7 +109,7 @@ def _parked(park: bool = True) -> dict[str, Any]:
 
 
 def _loaded() -> dict[str, Any]:
-    wanted, alive = _wanted(), 0
+    wanted, alive = {engine: wanted_of(engine) for engine in speakers()}, 0
     with tempfile.TemporaryDirectory() as folder:
         stage = Stage(Path(folder))
 
