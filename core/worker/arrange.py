@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -271,6 +272,7 @@ class Arrangement:
                     component,
                     max_memory=dict(left),
                     no_split_module_classes=sorted({type(block).__name__ for block in blocks_of(component)}),
+                    offload_buffers=True,  # else it warns of them; the plan has them beside the share
                 )
                 taken = _bytes_by_place(component, places)
                 self._refuse_full_disk(taken.get("disk", 0))
@@ -284,13 +286,16 @@ class Arrangement:
                 places.update(dict.fromkeys(loose, here))
                 for tensor in loose:
                     set_module_tensor_to_device(component, tensor, device)
-                dispatch_model(
-                    component,
-                    places,
-                    main_device=here,
-                    offload_dir=self._disk / name,
-                    force_hooks=True,
-                )
+                with warnings.catch_warnings():
+                    # It knows no tensors that are not of a module.
+                    warnings.filterwarnings("ignore", message="The following device_map keys do not match")
+                    dispatch_model(
+                        component,
+                        places,
+                        main_device=here,
+                        offload_dir=self._disk / name,
+                        force_hooks=True,
+                    )
         for module in self._staying():
             module.to(device)
 

@@ -37,7 +37,7 @@ class Component:
     floats: int
     fixed: int = 0  # bytes of what keeps its type: integers, flags
     linear: int = 0  # floats in the weights of linear layers, which int8 makes a byte each
-    rows: int = 0  # of these weights, each of which then has a scale
+    rows: int = 0  # of these weights, each of which then has a scale and, in a byte, a zero point
     block: int = 0  # floats on the device at once when it is streamed block by block
     leaf: int = 0  # the same, layer by layer
     largest: int = 0  # floats of its largest piece, which a device map keeps in one place
@@ -46,7 +46,8 @@ class Component:
 
     def bytes(self, dtype: str, quantisation: str = "") -> int:
         if quantisation:
-            return (self.floats - self.linear + self.rows) * ITEM_BYTES[dtype] + self.linear + self.fixed
+            floats = self.floats - self.linear + self.rows
+            return floats * ITEM_BYTES[dtype] + self.linear + self.rows + self.fixed
         return self.floats * ITEM_BYTES[dtype] + self.fixed
 
     def staying(self, dtype: str) -> int:

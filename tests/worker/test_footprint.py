@@ -134,7 +134,7 @@ def test_tied_weights_count_once_and_stay_as_they_are_in_int8():
     assert part.floats == 48 + 2 * 48 + 2 + 6
     assert (part.fixed, part.linear, part.rows) == (8, 96, 24)
     assert part.bytes("float16") == 2 * 152 + 8
-    assert part.bytes("float16", "int8") == 2 * (152 - 96 + 24) + 96 + 8
+    assert part.bytes("float16", "int8") == 2 * (152 - 96 + 24) + 96 + 24 + 8
     assert len(list(linear_layers(Speaker()))) == 4
 
 
