@@ -25,6 +25,7 @@ NAMES: dict[Strategy, str] = {
     "device_map": "device map",
     "cpu": "on the CPU",
 }
+_TAKE_APART: set[Strategy] = {"group_block", "group_leaf", "device_map"}
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ def working_bytes(card: Card, footprint: Footprint, units: float) -> int:
 
 def ladder(demand: Demand, room: Room) -> list[Rung]:
     """Every way to run it that its card allows, the fastest first. What they need may be more than `room`."""
-    allowed = demand.card.strategies
+    allowed = set(demand.card.strategies)
+    if all(component.whole for component in demand.footprint.components):
+        allowed -= _TAKE_APART
     return [rung for rung in _rungs(demand, room) if rung.placement.strategy in allowed]
 
 
@@ -180,7 +183,7 @@ def _refusal(card: Card, rungs: Sequence[Rung], room: Room, forced: Strategy | N
 
 
 def in_words(placement: Placement, footprint: Footprint) -> str:
-    """A placement as the page shows it: "gpt on the GPU while it works, then decoder"."""
+    """A placement as the page shows it: "gpt brought to the GPU layer by layer; decoder stays on the GPU"."""
     names = [component.name for component in footprint.components]
     whole = [component.name for component in footprint.components if component.whole]
     streamed = [name for name in names if name not in whole]
@@ -199,7 +202,7 @@ def in_words(placement: Placement, footprint: Footprint) -> str:
         case "cpu":
             return "all in RAM, the work is done by the CPU"
     if whole and placement.strategy != "resident" and placement.strategy != "model_offload":
-        words += f"; {_list(whole)} stays on {device}"
+        words += f"; {_list(whole)} {'stay' if len(whole) > 1 else 'stays'} on {device}"
     return f"{words}, weights in {placement.quantisation}" if placement.quantisation else words
 
 

@@ -78,6 +78,11 @@ def test_an_engine_is_not_run_in_ways_that_its_card_does_not_allow():
     assert [rung.placement.strategy for rung in rungs] == ["resident", "cpu"]
 
 
+def test_what_cannot_be_taken_apart_is_never_streamed_or_spread():
+    alone = Demand(card, Footprint((codec,)), GIB)
+    assert [rung.placement.strategy for rung in ladder(alone, room(1))] == ["resident", "cpu"]
+
+
 def test_what_fits_nowhere_is_refused_with_what_would_be_needed():
     with pytest.raises(
         DoesNotFit,
