@@ -57,12 +57,10 @@ def _compare(
 
 def _model(resident: Any, name: str) -> Any:
     """The first module of this class in a loaded engine."""
-    return next(
-        module
-        for held in resident.engine.modules()
-        for module in held.modules()
-        if type(module).__name__ == name
-    )
+    import torch
+
+    held = (value for value in vars(resident.engine).values() if isinstance(value, torch.nn.Module))
+    return next(module for value in held for module in value.modules() if type(module).__name__ == name)
 
 
 def _mms(resident: Any) -> Callable[[], object]:
