@@ -7,6 +7,8 @@ import importlib
 import json
 import random
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +91,11 @@ def load(engine: str, weights: Path | None, **placement: Any) -> Engine:
     made: Engine = importlib.import_module(f"core.engines.{engine}.engine").ENGINE()
     made.load(weights, Placement(**placement))
     return made
+
+
+def until(happened: Callable[[], object], seconds: float = 60.0) -> None:
+    """Wait for what another thread or process does."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)

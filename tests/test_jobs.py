@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +15,7 @@ from core.events import Failed, Finished, Step, Stopped
 from core.jobs import Job, Jobs, choose, line_up
 from core.requests import Order, SpeechRequest
 from core.worker.process import Pulse, RunJob
+from tests.support import until
 
 PATIENCE = 4
 
@@ -300,13 +300,6 @@ def test_old_ended_jobs_are_forgotten():
 
 def crowded(worker: HandWorker, **more) -> Jobs:
     return queue(worker, crowds_out=lambda order: order.engine not in worker.engines[-1:], **more)
-
-
-def until(happened) -> None:
-    deadline = time.monotonic() + 30
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_the_engine_of_who_was_just_served_stays_for_their_next_job():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from core.card import Licence, Modality
 from core.errors import BadInput, LicenceNeeded, SoundstageError
 from core.requests import Order, SpeechRequest
 from core.studio import Holding, Studio
+from tests.support import until
 
 
 def order(engine: str = "unruly", text: str = "hello", seed: int = 1, **more) -> Order:
@@ -84,14 +84,12 @@ def test_the_second_job_of_a_kind_is_foretold_from_the_first(studio):
 
 def test_a_press_is_forecast_from_takes_and_from_what_is_loaded(studio):
     finish(studio, studio.submit([order()], "anna")[0])
-    while "Unruly" not in studio.status().loaded:
-        time.sleep(0.05)
+    until(lambda: "Unruly" in studio.status().loaded)
     told = studio.forecast(order(text="hello" * 100))
     assert told.loaded and told.seconds is not None
     assert studio.forecast_line([order()]).startswith("About ")
     studio.unload()
-    while studio.status().loaded:
-        time.sleep(0.05)
+    until(lambda: not studio.status().loaded)
     told = studio.forecast(order())
     assert not told.loaded and told.device_bytes and told.free_bytes
     assert studio.forecast_line([order()]).startswith("Needs about ")
@@ -102,16 +100,13 @@ def test_the_budget_is_the_operators_to_change(studio, monkeypatch):
     with pytest.raises(BadInput, match="Only the operator"):
         studio.set_budget(0.5)
     monkeypatch.setattr(studio, "settings", studio.settings.model_copy(update={"operator_page": True}))
-    while not studio.status().memory_total:
-        time.sleep(0.05)
+    until(lambda: studio.status().memory_total)
     whole = studio.status().device_size
     studio.set_budget(0.5)
-    while studio.status().memory_total == whole:
-        time.sleep(0.05)
+    until(lambda: studio.status().memory_total != whole)
     assert studio.status().memory_total == whole // 2 and studio.status().device_size == whole
     studio.set_budget(1.0)
-    while studio.status().memory_total != whole:
-        time.sleep(0.05)
+    until(lambda: studio.status().memory_total == whole)
 
 
 def test_orders_are_queued_all_or_none(studio):
@@ -234,14 +229,6 @@ def test_a_licence_of_an_unknown_engine_cannot_be_accepted(tmp_path):
 
     with pytest.raises(BadInput, match=r"There is no engine 'xxts'; the engines are: .*xtts"):
         Studio(Settings(home=tmp_path, accept_licences=("xxts",)))
-
-
-def until(happened, seconds: float = 60.0) -> None:
-    """Wait for something to come about."""
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.02)
 
 
 def held(studio: Studio) -> dict[str, Holding]:

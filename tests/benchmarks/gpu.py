@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -37,13 +36,13 @@ class Model:
 
     Attributes:
         tokens: length of the prompt.
-        inputs: of the transformer, from the states of the text, (1, tokens, channels), and the device.
+        latents: their shape, as the transformer takes them.
     """
 
     name: str
     build: Callable[[], Modules]
     tokens: int
-    inputs: Callable[[torch.Tensor, str], dict[str, Any]]
+    latents: tuple[int, ...]
 
 
 def cogvideox() -> Modules:
@@ -74,27 +73,9 @@ def wan() -> Modules:
     return {"text_encoder": UMT5EncoderModel(encoder), "transformer": transformer}
 
 
-def _cogvideox_inputs(states: torch.Tensor, device: str) -> dict[str, Any]:
-    latents = torch.randn(1, 13, 16, 60, 90, dtype=states.dtype, device=device)  # 49 frames of 720 x 480
-    return {
-        "hidden_states": latents,
-        "encoder_hidden_states": states,
-        "timestep": torch.tensor([500]).to(device),
-    }
-
-
-def _wan_inputs(states: torch.Tensor, device: str) -> dict[str, Any]:
-    latents = torch.randn(1, 16, 13, 60, 104, dtype=states.dtype, device=device)  # 49 frames of 832 x 480
-    return {
-        "hidden_states": latents,
-        "encoder_hidden_states": states,
-        "timestep": torch.tensor([500]).to(device),
-    }
-
-
 MODELS = (
-    Model("CogVideoX-5b", cogvideox, 226, _cogvideox_inputs),
-    Model("Wan 2.1 14B", wan, 512, _wan_inputs),
+    Model("CogVideoX-5b", cogvideox, 226, (1, 13, 16, 60, 90)),  # 49 frames of 720 x 480
+    Model("Wan 2.1 14B", wan, 512, (1, 16, 13, 60, 104)),  # 49 frames of 832 x 480
 )
 
 
@@ -174,6 +155,8 @@ def _steps(model: Model, modules: Modules, arrangement: Arrangement, device: Dev
     with arrangement.using("text_encoder"):
         tokens = torch.arange(model.tokens)[None].to(device.name)
         states = modules["text_encoder"](tokens).last_hidden_state
+    latents = torch.randn(model.latents, dtype=states.dtype, device=device.name)
+    step = torch.tensor([500]).to(device.name)
     with arrangement.using("transformer"):
         for _ in range(steps):
-            modules["transformer"](**model.inputs(states, device.name))
+            modules["transformer"](hidden_states=latents, encoder_hidden_states=states, timestep=step)

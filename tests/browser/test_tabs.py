@@ -12,6 +12,7 @@ from core.card import Modality
 from core.settings import Settings
 from core.studio import Studio
 from demos import shell
+from tests.support import until
 
 pytestmark = pytest.mark.browser
 
@@ -46,10 +47,7 @@ def looked_at(studio: Studio) -> list[str]:
 
 
 def until_looked_at(studio: Studio, tabs: list[str]) -> None:
-    end = time.monotonic() + 40
-    while looked_at(studio) != tabs:
-        assert time.monotonic() < end, looked_at(studio)
-        time.sleep(0.05)
+    until(lambda: looked_at(studio) == tabs)
 
 
 def test_the_studio_hears_which_tab_each_page_shows(visit, served):

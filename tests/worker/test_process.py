@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from core.logs import KEPT, new_log
 from core.requests import Order, SpeechRequest
 from core.settings import Settings
 from core.worker.process import RunJob, WorkerProcess
+from tests.support import until
 
 PATIENCE = 200  # seconds to wait for an event; importing torch on a busy machine takes a while
 
@@ -212,10 +212,7 @@ def parking(bench: Bench, budget: int) -> Iterator[None]:
 
 
 def until_told(bench: Bench, parked: tuple[str, ...]) -> None:
-    ends = time.monotonic() + PATIENCE
-    while not bench.worker.pulse or bench.worker.pulse.parked != parked:
-        assert time.monotonic() < ends
-        time.sleep(0.01)
+    until(lambda: bench.worker.pulse and bench.worker.pulse.parked == parked, PATIENCE)
 
 
 def test_leaving_an_engine_parks_it_and_its_next_job_brings_it_back(bench):
@@ -389,8 +386,7 @@ def test_a_process_that_takes_long_to_start_is_waited_for(settings, tmp_path):
     bench = Bench(settings, tmp_path)
     try:
         bench.begin()
-        while not bench.worker.pulse or not bench.worker.pulse.ready:
-            time.sleep(0.01)
+        until(lambda: bench.worker.pulse and bench.worker.pulse.ready, PATIENCE)
         assert bench.worker.restarts == 0
     finally:
         bench.worker.close()
@@ -401,7 +397,7 @@ def test_the_worker_ends_with_its_page(settings, tmp_path):
         """
         import os, sys
         from core.settings import Settings
-        from core.worker.process import RunJob, WorkerProcess
+        from core.worker.process import WorkerProcess
         if __name__ == "__main__":
             worker = WorkerProcess(Settings(device="cpu"))
             worker.start(lambda job, event: None)

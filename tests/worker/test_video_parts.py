@@ -162,16 +162,12 @@ def test_the_measurement_for_a_gpu_runs_in_small_on_the_pretend_one():
     def build() -> dict[str, torch.nn.Module]:
         return Parts().modules()
 
-    def inputs(states: torch.Tensor, device: str) -> dict[str, object]:
-        latents = torch.zeros(1, 3, 4, 8, 8, dtype=states.dtype, device=device)
-        step = torch.tensor([5]).to(device)
-        return {"hidden_states": latents, "encoder_hidden_states": states, "timestep": step}
-
     weights = measure(build()).bytes("bfloat16")
     budgets = tuple(share * weights / GIB for share in (1.5, 0.9, 0.1))
     with pretend_card(GIB):
         device = Device("cuda", 1)
-        found = gpu.rows(gpu.Model("Small", build, 16, inputs), device, budgets, working=weights // 3)
+        small = gpu.Model("Small", build, 16, (1, 3, 4, 8, 8))
+        found = gpu.rows(small, device, budgets, working=weights // 3)
     assert [row.holds for row in found] == [True, True, False]
     assert found[0].note.startswith("resident,") and found[1].note.startswith("group_block,")
     assert found[2].measured == "does not run"
