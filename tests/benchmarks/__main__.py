@@ -9,18 +9,23 @@ import importlib
 import os
 import platform
 import sys
+import traceback
 
 NAMES = ("overhead", "residency", "switches", "cancel", "startup", "responsive", "order", "loading", "gpu")
 
 
 def main(names: list[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from tests.benchmarks.rows import as_markdown
+    from tests.benchmarks.rows import Row, as_markdown
 
     rows = []
     for name in names or NAMES:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
-        rows += importlib.import_module(f"tests.benchmarks.{name}").measure()
+        try:
+            rows += importlib.import_module(f"tests.benchmarks.{name}").measure()
+        except Exception as error:  # what was measured before is not lost with it
+            traceback.print_exc()
+            rows.append(Row(name, "not measured", "measured", False, f"{type(error).__name__}: {error}"))
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n")
     print(as_markdown(rows))
     return 0 if all(row.holds for row in rows) else 1
