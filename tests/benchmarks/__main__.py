@@ -16,19 +16,21 @@ NAMES = ("overhead", "residency", "switches", "cancel", "startup", "responsive",
 
 def main(names: list[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from tests.benchmarks.rows import Row, as_markdown
+    from tests.benchmarks.rows import HEAD, Row, as_line
 
-    rows = []
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n\n{HEAD}")
+    held = True
     for name in names or NAMES:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
         try:
-            rows += importlib.import_module(f"tests.benchmarks.{name}").measure()
-        except Exception as error:  # what was measured before is not lost with it
+            rows = importlib.import_module(f"tests.benchmarks.{name}").measure()
+        except Exception as error:  # the other figures are not lost with it
             traceback.print_exc()
-            rows.append(Row(name, "not measured", "measured", False, f"{type(error).__name__}: {error}"))
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n")
-    print(as_markdown(rows))
-    return 0 if all(row.holds for row in rows) else 1
+            rows = [Row(name, "not measured", "measured", False, f"{type(error).__name__}: {error}")]
+        for row in rows:
+            print(as_line(row), flush=True)
+            held = held and row.holds
+    return 0 if held else 1
 
 
 if __name__ == "__main__":

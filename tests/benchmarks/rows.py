@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
+HEAD = "| figure | measured | bound | holds | note |\n|---|---|---|---|---|"
+
+
 @dataclass(frozen=True)
 class Row:
     figure: str
@@ -36,9 +39,7 @@ def slope(values: Sequence[float]) -> float:
     return median(pairs)
 
 
-def as_markdown(rows: Sequence[Row]) -> str:
-    lines = ["| figure | measured | bound | holds | note |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {r.figure} | {r.measured} | {r.bound} | {'yes' if r.holds else 'no'} | {r.note} |" for r in rows
-    ]
-    return "\n".join(lines)
+def as_line(row: Row) -> str:
+    """A line of the table below `HEAD`."""
+    holds = "yes" if row.holds else "no"
+    return f"| {row.figure} | {row.measured} | {row.bound} | {holds} | {row.note} |"
