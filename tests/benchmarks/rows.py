@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
 HEAD = "| figure | measured | bound | holds | note |\n|---|---|---|---|---|"
 
 
