@@ -35,10 +35,12 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch.utils._device import _device_constructors
 
 AVAILABLE = not torch.backends.cuda.is_built()
+needed = pytest.mark.skipif(not AVAILABLE, reason="the pretend card needs a build of torch without CUDA")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
 aten = torch.ops.aten

@@ -26,9 +26,9 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from tests.pretend import AVAILABLE, Gpu, card  # noqa: E402
+from tests.pretend import Gpu, card, needed  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs a build of torch without CUDA")
+pytestmark = needed
 
 MIB = 2**20
 ENGINES = [made.id for made in Catalog().cards() if made.has_weights]

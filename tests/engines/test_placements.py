@@ -123,9 +123,6 @@ def test_it_speaks_the_same_on_a_cpu(engine, strategy, share, tmp_path):
     assert not list(tmp_path.rglob("*"))
 
 
-needs_no_gpu = pytest.mark.skipif(not pretend.AVAILABLE, reason="torch is built for a real GPU")
-
-
 @pytest.fixture
 def gpu() -> Iterator[pretend.Gpu]:
     with pretend.card(2**30) as card:
@@ -158,7 +155,7 @@ def rung_of(engine: str, gpu: pretend.Gpu, strategy: str, share: float) -> Rung:
     return next(r for r in ladder(demand, Room("cuda", size, ram)) if r.placement.strategy == strategy)
 
 
-@needs_no_gpu
+@pretend.needed
 @pytest.mark.parametrize(("engine", "strategy", "share"), WAYS)
 def test_on_a_card_it_speaks_the_same_within_the_bytes_that_were_planned(
     engine, strategy, share, gpu, tmp_path
@@ -187,7 +184,7 @@ def test_on_a_card_it_speaks_the_same_within_the_bytes_that_were_planned(
     assert not list(tmp_path.rglob("*"))
 
 
-@needs_no_gpu
+@pretend.needed
 @pytest.mark.parametrize("engine", [card.id for card in CARDS.values() if "int8" in card.quantisations])
 def test_int8_makes_its_weights_as_small_as_planned_and_it_still_speaks(engine, gpu, tmp_path):
     size = footprint(engine)

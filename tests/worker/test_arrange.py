@@ -18,7 +18,6 @@ from core.worker.footprint import measure
 from tests import pretend
 
 WAYS = ("resident", "model_offload", "group_block", "group_leaf", "device_map")
-needs_no_gpu = pytest.mark.skipif(not pretend.AVAILABLE, reason="torch is built for a real GPU")
 
 
 class Layer(nn.Module):
@@ -119,7 +118,7 @@ def test_the_result_is_that_of_the_model_alone(strategy, tmp_path):
         arrangement.rest()
 
 
-@needs_no_gpu
+@pretend.needed
 @pytest.mark.parametrize("strategy", WAYS)
 def test_on_a_card_it_is_too_and_parked_it_is_all_in_host_memory(strategy, gpu, tmp_path):
     at = placement(strategy, "cuda")
@@ -141,7 +140,7 @@ def test_on_a_card_it_is_too_and_parked_it_is_all_in_host_memory(strategy, gpu, 
     assert gpu.used == 0
 
 
-@needs_no_gpu
+@pretend.needed
 def test_a_streamed_model_holds_only_what_stays_between_jobs(gpu, tmp_path):
     [tied, codec] = measure(build(), WHOLE).components
     for strategy in ("group_block", "group_leaf"):
@@ -156,7 +155,7 @@ def test_a_streamed_model_holds_only_what_stays_between_jobs(gpu, tmp_path):
         parts.clear()
 
 
-@needs_no_gpu
+@pretend.needed
 def test_what_was_stopped_in_a_layer_leaves_nothing_there(gpu, tmp_path):
     for strategy in ("group_block", "group_leaf", "model_offload"):
         at = placement(strategy, "cuda")
@@ -182,7 +181,7 @@ def test_what_was_stopped_in_a_layer_leaves_nothing_there(gpu, tmp_path):
         parts.clear()
 
 
-@needs_no_gpu
+@pretend.needed
 def test_components_take_turns_on_the_card(gpu, tmp_path):
     at = placement("model_offload", "cuda")
     parts = loaded(at)

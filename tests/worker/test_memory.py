@@ -12,11 +12,11 @@ from core.card import Checkpoint
 from core.events import Failed, Finished, Loading
 from core.requests import SpeechRequest
 from core.worker.messages import Released
-from tests.pretend import AVAILABLE, card
+from tests.pretend import card, needed
 from tests.support import reference
 from tests.worker.test_host import Stage
 
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs a build of torch without CUDA")
+pytestmark = needed
 
 MIB = 2**20
 WINDOW = 8192  # bytes: Coqui's VITS holds that of its spectrogram as neither parameter nor buffer

@@ -23,6 +23,7 @@ from core.worker.footprint import Footprint, measure
 from core.worker.placement import Demand, Room, plan
 from tests.benchmarks import gpu
 from tests.pretend import card as pretend_card
+from tests.pretend import needed
 
 GIB = 2**30
 ALL = ("resident", "model_offload", "group_block", "group_leaf", "device_map", "cpu")
@@ -133,6 +134,7 @@ def placements(device: str, share: int) -> list[Placement]:
     return [*ways, Placement(device, "float32", "device_map", device_share=share, ram_share=ram)]
 
 
+@needed
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("number", range(5), ids=ALL[:5])
 def test_every_placement_makes_the_same_latents(parts, expected, device, number, tmp_path):
@@ -158,6 +160,7 @@ def test_every_placement_makes_the_same_latents(parts, expected, device, number,
         assert card.used == 0 and not list(tmp_path.iterdir())
 
 
+@needed
 def test_the_measurement_for_a_gpu_runs_in_small_on_the_pretend_one():
     def build() -> dict[str, torch.nn.Module]:
         return Parts().modules()
